@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real labelled scans that stands beside the checkout."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"needs the real scans in {SHARED_DATA.name}/ beside the checkout")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
