@@ -1,0 +1,1 @@
+"""Scans on disk: patients and millimetres, no learning."""

@@ -1,0 +1,198 @@
+"""Episodes: N-way K-shot problems drawn from prepared scans. Episode i is a pure function of (seed, i)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medmeta.data.store import StoredCase, StoredTask
+from medmeta.episode import IGNORED, Episode, Examples
+
+FOREGROUND = 0.75
+"""Share of patches that are drawn around a foreground voxel (then around one of a random class)."""
+
+
+def draw_patch(
+    case: StoredCase, patch: Sequence[int], rng: np.random.Generator, *, labels: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """A random patch of a scan, around a foreground voxel `FOREGROUND` of the time.
+
+    Args:
+        case: where to draw from.
+        patch: shape in voxels; where the scan is smaller, its edge is repeated and the mask there is ignored.
+        rng: the only source of randomness.
+        labels: classes to draw around, each equally often; all of the scan's when None.
+
+    Returns:
+        image (C, *patch) float32 and mask (*patch) long.
+    """
+    shape = np.array(case.mask.shape)
+    size = np.array(patch)
+    present = [label for label in (case.places if labels is None else labels) if label in case.places]
+    if present and rng.random() < FOREGROUND:
+        places = case.places[present[rng.integers(len(present))]]
+        centre = places[rng.integers(len(places))] + rng.integers(-(size // 4), size // 4 + 1)
+    else:
+        centre = rng.integers(0, shape)
+    room = shape - size
+    first = np.where(room >= 0, np.clip(centre - size // 2, 0, np.maximum(room, 0)), room // 2)
+    inside = tuple(slice(max(0, f), min(n, f + s)) for f, n, s in zip(first, shape, size, strict=True))
+    margins = [(max(0, -f), max(0, f + s - n)) for f, n, s in zip(first, shape, size, strict=True)]
+    image = np.array(case.image[(slice(None), *inside)], dtype=np.float32)
+    mask = np.array(case.mask[inside], dtype=np.int64)
+    if any(side for margin in margins for side in margin):
+        image = np.pad(image, [(0, 0), *margins], mode="edge")
+        mask = np.pad(mask, margins, constant_values=IGNORED)
+    return torch.from_numpy(image), torch.from_numpy(mask)
+
+
+class Augment:
+    """Paired augmentation of few scans: the patient's pose for image and mask, the scanner's moods for the image alone.
+
+    Rotation to 15 degrees, scale 0.85 to 1.15 and elastic bending; noise, blur, low resolution, gamma and, for MR,
+    bias field. No mirroring: left and right organs stay what they are.
+
+    Args:
+        patch: patch shape in voxels.
+        spacing: voxel size in mm, so that a rotation in mm stays one where slices are thick.
+        modality: "CT" or "MR".
+    """
+
+    def __init__(self, patch: Sequence[int], spacing: Sequence[float], modality: str) -> None:
+        from monai.transforms import (
+            Compose,
+            RandAdjustContrastd,
+            RandAffined,
+            RandBiasFieldd,
+            RandGaussianNoised,
+            RandGaussianSmoothd,
+            RandScaleIntensityd,
+            RandShiftIntensityd,
+            RandSimulateLowResolutiond,
+        )
+
+        # Thick slices turn only within their plane: elsewhere a rotation in voxels would shear the organ.
+        thick = max(spacing) > 1.5 * min(spacing)
+        angle = float(np.deg2rad(15))
+        angles = [angle if not thick or axis == int(np.argmax(spacing)) else 0.0 for axis in range(3)]
+        keys = ["image", "mask"]
+        steps = [
+            RandAffined(
+                keys,
+                prob=0.8,
+                rotate_range=angles,
+                scale_range=[0.15] * 3,
+                shear_range=[0.05] * 6 if not thick else None,
+                mode=("bilinear", "nearest"),
+                padding_mode=("border", "zeros"),
+                cache_grid=False,
+            ),
+            RandGaussianNoised("image", prob=0.3, std=0.15),
+            RandGaussianSmoothd("image", prob=0.15, sigma_x=(0.4, 1.0), sigma_y=(0.4, 1.0), sigma_z=(0.4, 1.0)),
+            RandSimulateLowResolutiond("image", prob=0.15, zoom_range=(0.5, 1.0)),
+            RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
+            RandScaleIntensityd("image", factors=0.25, prob=0.5),
+            RandShiftIntensityd("image", offsets=0.25, prob=0.5),
+        ]
+        if modality != "CT":
+            steps.append(RandBiasFieldd("image", prob=0.3, degree=3, coeff_range=(0.0, 0.2)))
+        self._compose = Compose(steps)
+
+    def __call__(self, image: Tensor, mask: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Image (C, *S) and mask (*S), augmented alike."""
+        self._compose.set_random_state(int(rng.integers(2**31)))
+        # Shifted by one, so that what comes in from outside the patch (0) is ignored, not background.
+        made = self._compose({"image": image, "mask": (mask + 1).float().unsqueeze(0)})
+        image, mask = (torch.as_tensor(made[key]).as_subclass(Tensor) for key in ("image", "mask"))
+        return image.float().contiguous(), mask[0].round().long() - 1
+
+
+class EpisodeSampler:
+    """Episodes over several tasks; `sampler[i]` depends on (seed, i) alone.
+
+    Args:
+        tasks: prepared tasks; each needs at least two patients.
+        shots: K, support patches, each from another patient while there are enough of them.
+        queries: query patches; their patients are never those of the support.
+        ways: classes of an episode at most: a random subset of the task's, the others then being background. None takes
+            all of them under their own numbers.
+        mirror: flip whole episodes at random, support and query alike, which makes more tasks out of those at hand.
+        augment: augment each patch on its own.
+        seed: with i, the only source of randomness.
+
+    Raises:
+        ValueError: no task, or one with fewer than two patients.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[StoredTask],
+        *,
+        shots: int = 2,
+        queries: int = 2,
+        ways: int | None = None,
+        mirror: bool = False,
+        augment: bool = True,
+        seed: int = 0,
+    ) -> None:
+        for task in tasks:
+            if len(task.patients) < 2:
+                raise ValueError(
+                    f"task {task.name} has {len(task.patients)} patient(s); required: at least 2, one for the support "
+                    "and one for the query"
+                )
+        if not tasks or shots < 1 or queries < 1:
+            raise ValueError(f"{len(tasks)} tasks, shots={shots}, queries={queries}; required: at least one of each")
+        self.tasks = tuple(tasks)
+        self.shots, self.queries, self.ways, self.mirror, self.seed = shots, queries, ways, mirror, seed
+        self._augment: dict[str, Callable] = {}
+        if augment:
+            self._augment = {
+                task.name: Augment(task.patch, task.preprocess.spacing, task.preprocess.modality) for task in tasks
+            }
+
+    def __getitem__(self, index: int) -> Episode:
+        rng = np.random.default_rng([self.seed, index])
+        task = self.tasks[rng.integers(len(self.tasks))]
+        chosen = list(range(1, task.classes + 1))
+        if self.ways is not None:
+            count = int(rng.integers(1, min(self.ways, task.classes) + 1))
+            chosen = [int(label) for label in rng.permutation(chosen)[:count]]
+        flips = [axis for axis in range(3) if self.mirror and rng.random() < 0.5]
+        patients = task.patients
+        names = [str(name) for name in rng.permutation(sorted(patients))]
+        split = min(self.shots, len(names) - 1)
+        support = self._examples(task, [patients[name] for name in names[:split]], self.shots, chosen, flips, rng)
+        query = self._examples(task, [patients[name] for name in names[split:]], self.queries, chosen, flips, rng)
+        return Episode(task.name, support, query)
+
+    def _examples(
+        self,
+        task: StoredTask,
+        patients: list[list[StoredCase]],
+        count: int,
+        chosen: list[int],
+        flips: list[int],
+        rng: np.random.Generator,
+    ) -> Examples:
+        table = torch.zeros(task.classes + 2, dtype=torch.long)
+        table[-1] = IGNORED
+        table[chosen] = torch.arange(1, len(chosen) + 1)
+        images, masks = [], []
+        for number in range(count):
+            scans = patients[number % len(patients)]
+            # One class after the other, so that every class of the episode is looked for.
+            label = chosen[number % len(chosen)]
+            image, mask = draw_patch(
+                scans[rng.integers(len(scans))], task.patch, rng, labels=[label] if number < len(chosen) else chosen
+            )
+            if task.name in self._augment:
+                image, mask = self._augment[task.name](image, mask, rng)
+            if flips:
+                image, mask = image.flip([axis + 1 for axis in flips]), mask.flip(flips)
+            images.append(image)
+            masks.append(table[mask])
+        return Examples(torch.stack(images), torch.stack(masks), len(chosen))

@@ -1,0 +1,257 @@
+"""The one training loop: any learner, any episodes, killed and resumed at any moment."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from medmeta.episode import IGNORED, Episode
+from medmeta.errors import InputError
+from medmeta.files import read_tensors, write_tensors
+
+
+class Episodes(Protocol):
+    """Anything that gives episode i."""
+
+    def __getitem__(self, index: int) -> Episode: ...
+
+
+class Learner(Protocol):
+    """What the loop needs of a learner; `medmeta.learners.MetaLearner` has it."""
+
+    def meta_loss(self, episode: Episode) -> Tensor: ...
+
+    def query_logits(self, episode: Episode) -> Tensor: ...
+
+
+Row = dict[str, float | int | str | None]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train.
+
+    Args:
+        steps: meta-steps at most.
+        minutes: wall-clock minutes of training at most, over all resumed parts; None for no limit. Only a run that is
+            limited by steps gives the same result again.
+        rate: AdamW's step size, after a warm-up over the first 2 % and before a cosine to nothing.
+        weight_decay: AdamW's.
+        episodes_per_step: episodes whose gradients make one step.
+        clip: largest global norm of the meta-gradient.
+        validate_every: steps between validations.
+        patience: validations without a better Dice after which training stops; None to train to the end.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    steps: int
+    minutes: float | None = None
+    rate: float = 1e-3
+    weight_decay: float = 1e-4
+    episodes_per_step: int = 2
+    clip: float = 5.0
+    validate_every: int = 100
+    patience: int | None = None
+    checkpoint_every: int = 25
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.episodes_per_step, self.validate_every, self.checkpoint_every) < 1 or self.rate <= 0:
+            raise ValueError(
+                f"{self}; required: steps, episodes_per_step, validate_every, checkpoint_every of 1 or more, rate > 0"
+            )
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The part of the budget that is used, 0 to 1."""
+        spent = 0.0 if self.minutes is None else seconds / (60.0 * self.minutes)
+        return min(1.0, max(step / self.steps, spent))
+
+    def rate_at(self, progress: float) -> float:
+        """Step size after a part of the budget: linear warm-up over 2 %, then a cosine."""
+        warm = min(1.0, (progress + 1e-3) / 0.02)
+        return self.rate * warm * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@dataclass
+class _Run:
+    """Everything a checkpoint holds."""
+
+    step: int
+    seconds: float
+    best_dice: float
+    since_best: int
+    history: list[Row]
+    best: dict[str, Tensor]
+
+
+def meta_train(
+    learner: nn.Module,
+    episodes: Episodes,
+    schedule: Schedule,
+    *,
+    validation: Sequence[Episode] = (),
+    phase: str = "meta",
+    checkpoint: Path | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype = torch.float32,
+    log: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Train a learner in place on episodes; it ends with the parameters of its best validation.
+
+    Args:
+        learner: trained in place.
+        episodes: episode i; step j takes the episodes j*n .. j*n+n-1.
+        schedule: how long and how fast.
+        validation: episodes of held-out patients; without them the last parameters are kept.
+        phase: name of this part of the training, for the history.
+        checkpoint: a file that is written as training goes and from which an unfinished run goes on; a finished one
+            returns at once. A run that was killed and resumed equals one that was not.
+        seed: seeds what is random within a step (dropout), so that a resumed run draws the same.
+        device: where to train.
+        precision: bfloat16 runs the networks under autocast.
+        log: called with each new row of the history.
+
+    Returns:
+        The history: rows of phase, step, loss, validation_dice (None between validations), rate, seconds.
+
+    Raises:
+        InputError: the checkpoint belongs to another learner or cannot be read.
+        FloatingPointError: the loss is no longer finite.
+    """
+    learner.to(device)
+    optimiser = torch.optim.AdamW(learner.parameters(), lr=schedule.rate, weight_decay=schedule.weight_decay)
+    run = _Run(0, 0.0, -1.0, 0, [], {})
+    if checkpoint is not None and checkpoint.exists():
+        run = _restore(checkpoint, learner, optimiser)
+        for row in run.history:
+            if log:
+                log(row)
+    validation = [episode.to(device) for episode in validation]
+    started = time.monotonic() - run.seconds
+    while schedule.progress(run.step, run.seconds) < 1.0:
+        if schedule.patience is not None and run.since_best > schedule.patience:
+            break
+        rate = schedule.rate_at(schedule.progress(run.step, run.seconds))
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        loss = _step(learner, episodes, schedule, optimiser, run.step, seed, device, precision)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"loss {loss} at step {run.step} of phase {phase}; required: a finite loss. Lower the rate "
+                f"({schedule.rate}) or the learner's inner rate."
+            )
+        run.step += 1
+        run.seconds = time.monotonic() - started
+        ended = schedule.progress(run.step, run.seconds) >= 1.0
+        dice = None
+        if validation and (run.step % schedule.validate_every == 0 or ended):
+            dice = validation_dice(learner, validation, precision)
+            run.since_best += 1
+            if dice > run.best_dice:
+                run.best_dice, run.since_best = dice, 0
+                run.best = {name: tensor.detach().cpu().clone() for name, tensor in learner.state_dict().items()}
+        row: Row = {"phase": phase, "step": run.step, "loss": loss, "validation_dice": dice, "rate": rate}
+        run.seconds = time.monotonic() - started
+        row["seconds"] = round(run.seconds, 3)
+        run.history.append(row)
+        if log:
+            log(row)
+        if checkpoint is not None and (run.step % schedule.checkpoint_every == 0 or ended):
+            _save(checkpoint, learner, optimiser, run)
+    if run.best:
+        learner.load_state_dict(run.best)
+    return run.history
+
+
+def _step(
+    learner: nn.Module,
+    episodes: Episodes,
+    schedule: Schedule,
+    optimiser: torch.optim.Optimizer,
+    step: int,
+    seed: int,
+    device: torch.device | str,
+    precision: torch.dtype,
+) -> float:
+    learner.train()
+    optimiser.zero_grad(set_to_none=True)
+    total = 0.0
+    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed * 1_000_003 + step)
+        for number in range(schedule.episodes_per_step):
+            episode = episodes[step * schedule.episodes_per_step + number].to(device)
+            with _autocast(device, precision):
+                loss = learner.meta_loss(episode) / schedule.episodes_per_step
+            loss.backward()
+            total += float(loss.detach())
+    nn.utils.clip_grad_norm_([p for p in learner.parameters() if p.grad is not None], schedule.clip)
+    optimiser.step()
+    return total
+
+
+def validation_dice(
+    learner: nn.Module, episodes: Sequence[Episode], precision: torch.dtype = torch.float32
+) -> float:
+    """Mean Dice over the classes present in the queries of some episodes, without a meta-gradient."""
+    learner.eval()
+    scores = []
+    for episode in episodes:
+        with torch.no_grad(), _autocast(episode.query.image.device, precision):
+            found = learner.query_logits(episode).argmax(dim=1)
+        counted = episode.query.mask != IGNORED
+        for label in range(1, episode.query.classes + 1):
+            reference, predicted = episode.query.mask == label, (found == label) & counted
+            if reference.any():
+                scores.append(float(2 * (reference & predicted).sum() / (reference.sum() + predicted.sum())))
+    return sum(scores) / max(1, len(scores))
+
+
+def _autocast(device: torch.device | str, precision: torch.dtype):
+    if precision == torch.float32:
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, precision)
+
+
+def _save(path: Path, learner: nn.Module, optimiser: torch.optim.Optimizer, run: _Run) -> None:
+    tensors = {f"learner/{name}": tensor for name, tensor in learner.state_dict().items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in run.best.items()}
+    for number, state in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser/{number}/{key}": value for key, value in state.items()}
+    facts = {
+        "step": run.step,
+        "seconds": run.seconds,
+        "best_dice": run.best_dice,
+        "since_best": run.since_best,
+        "history": run.history,
+    }
+    write_tensors(path, tensors, {"run": json.dumps(facts)})
+
+
+def _restore(path: Path, learner: nn.Module, optimiser: torch.optim.Optimizer) -> _Run:
+    tensors, facts = read_tensors(path)
+    parts: dict[str, dict[str, Tensor]] = {"learner": {}, "best": {}, "optimiser": {}}
+    for name, tensor in tensors.items():
+        part, key = name.split("/", 1)
+        parts[part][key] = tensor
+    try:
+        learner.load_state_dict(parts["learner"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimiser"].items():
+            number, key = name.split("/", 1)
+            moments.setdefault(int(number), {})[key] = tensor
+        optimiser.load_state_dict(optimiser.state_dict() | {"state": moments})
+        return _Run(best=parts["best"], **json.loads(facts["run"]))
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise InputError(
+            path, "a checkpoint of another network or learner", "one of this run", "Name a new output folder."
+        ) from error
