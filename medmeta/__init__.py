@@ -1,1 +1,2 @@
 """medmeta"""
+from importlib.metadata import version; __version__=version("medmeta")

@@ -12,9 +12,7 @@ Without them a missed organ drops out of the mean HD95 and an invented one out o
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from medmeta.data.folders import listed, some, stem
 from medmeta.data.manifests import as_targets
 from medmeta.data.volume import Volume, grid_difference, read_labels
 from medmeta.errors import InputError
+from medmeta.files import write_json
 
 METRICS = ("dice", "surface_dice", "hd95_mm")
 
@@ -142,10 +141,10 @@ class Evaluation:
 
         Returns:
             {"targets": {name: entry}, "overall": entry, "failed": int}; an entry is {"n", "missed", "invented",
-            "absent"} and for each metric {"mean", "interval": [low, high]}. n is the number of cases in the mean; missed and
-            invented are among them, absent are not. "overall" first averages the targets of a case and then the cases,
-            so that a case counts once however many targets it holds; its missed, invented and absent count targets. The
-            intervals take cases as independent, which several scans of one patient are not.
+            "absent"} and for each metric {"mean", "interval": [low, high]}. n is the number of cases in the mean;
+            missed and invented are among them, absent are not. "overall" first averages the targets of a case and then
+            the cases, so that a case counts once however many targets it holds; its missed, invented and absent count
+            targets. The intervals take cases as independent, which several scans of one patient are not.
         """
         per_target = {
             name: _entry([[row] for row in self.rows if row["target"] == name], seed) for name in self.targets
@@ -156,11 +155,7 @@ class Evaluation:
         return {"targets": per_target, "overall": _entry(list(cases.values()), seed), "failed": len(self.failures)}
 
     def to_json(self, path: str | Path, seed: int = 0) -> None:
-        """Writes rows, failures, summary and the rules of the figures; NaN becomes null, the file appears whole.
-
-        Raises:
-            InputError: the folder is missing or cannot be written to.
-        """
+        """Writes rows, failures, summary and the rules of the figures; NaN becomes null, the file appears whole."""
         content = {
             "tolerance_mm": self.tolerance_mm,
             "rules": {
@@ -175,7 +170,7 @@ class Evaluation:
             "rows": self.rows,
             "failures": [{"file": file, "reason": reason} for file, reason in self.failures],
         }
-        _write_atomically(Path(path), json.dumps(_null_for_nan(content), indent=2, allow_nan=False) + "\n")
+        write_json(path, content)
 
 
 def _entry(cases: Sequence[Sequence[Mapping[str, Any]]], seed: int) -> dict[str, Any]:
@@ -361,26 +356,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(order) - rank) * p_values[index]))
         adjusted[index] = highest
     return adjusted
-
-
-def _null_for_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _null_for_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_null_for_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    if not path.parent.is_dir() or path.is_dir():
-        found = "a folder of that name" if path.is_dir() else "no such folder to write to"
-        raise InputError(path, found, "a file name in an existing folder")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(path, f"a failure to write ({error.strerror})", "a writable place") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()

@@ -179,14 +179,12 @@ def _is_counts(values: object, least: int) -> bool:
     return isinstance(values, Sequence) and all(type(value) is int and value >= least for value in values)
 
 
-def _is_probability(value: object) -> bool:
-    return isinstance(value, int | float) and 0 <= value < 1
+def _require_dropout_and_norm(dropout: object, norm: object) -> None:
+    _require(isinstance(dropout, int | float) and 0 <= dropout < 1, "dropout", dropout, "0 <= dropout < 1")
+    _require(norm in ("instance", "group"), "norm", norm, "one of instance, group")
 
 
-_ACTIVATIONS = {
-    "leakyrelu": ("leakyrelu", {"negative_slope": 0.01, "inplace": False}),
-    "silu": ("swish", {}),
-}
+_ACTIVATIONS = {"leakyrelu": ("leakyrelu", {"negative_slope": 0.01, "inplace": False}), "silu": ("swish", {})}
 
 
 def _groups(channels: int) -> int:
@@ -208,14 +206,9 @@ class _SEUNet3D(nn.Module):
             return Convolution(3, inputs, outputs, stride, kernel, padding=padding, conv_only=True)
 
         def level(inputs: int, outputs: int, convolutions: int) -> nn.Module:
-            norms = {
-                "instance": ("instance", {"affine": True}),
-                "group": ("group", {"num_groups": _groups(outputs), "affine": True}),
-            }
-            unit = ResidualUnit(
-                3, inputs, outputs, subunits=convolutions, act=act, norm=norms[norm], bias=False,
-                dropout=dropout or None, dropout_dim=3,
-            )  # fmt: skip
+            groups = {"num_groups": _groups(outputs)} if norm == "group" else {}
+            normal = {"norm": (norm, {"affine": True, **groups}), "dropout": dropout or None, "dropout_dim": 3}
+            unit = ResidualUnit(3, inputs, outputs, subunits=convolutions, act=act, bias=False, **normal)
             # MONAI's own ReLU excites without bound and can die for a channel; the sigmoid is the paper's.
             excite = ResidualSELayer(3, outputs, min(se_ratio, outputs), acti_type_1=act, acti_type_2="sigmoid")
             return nn.Sequential(unit, excite)
@@ -262,18 +255,11 @@ def se_unet_3d(
     """
     _require(_is_counts(channels, 1) and len(channels) > 0, "channels", channels, "one or more positive integers")
     _require(type(se_ratio) is int and se_ratio >= 1, "se_ratio", se_ratio, "a positive integer")
-    _require(_is_probability(dropout), "dropout", dropout, "0 <= dropout < 1")
-    _require(norm in _NORMS, "norm", norm, f"one of {', '.join(_NORMS)}")
+    _require_dropout_and_norm(dropout, norm)
     _require(activation in _ACTIVATIONS, "activation", activation, f"one of {', '.join(_ACTIVATIONS)}")
     body = _SEUNet3D(channels, se_ratio, dropout, norm, activation)
     head = nn.Conv3d(channels[0], 2, kernel_size=1)
     return SegNet(body, head, input_weight="stem.conv.weight", stride=2 ** (len(channels) - 1))
-
-
-_NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True),
-    "group": lambda channels: nn.GroupNorm(_groups(channels), channels),
-}
 
 
 class _EncoderDecoder(nn.Module):
@@ -317,8 +303,7 @@ def scse_unet_2d(
     # scSE squeezes by 16: a narrower level would be squeezed to nothing, without an error.
     fits = _is_counts(widths, 16) and len(widths) == encoder_depth
     _require(fits, "decoder_channels", decoder_channels, f"{encoder_depth} integers, each at least 16")
-    _require(_is_probability(dropout), "dropout", dropout, "0 <= dropout < 1")
-    _require(norm in _NORMS, "norm", norm, f"one of {', '.join(_NORMS)}")
+    _require_dropout_and_norm(dropout, norm)
     unet = smp.Unet(
         encoder_name,
         encoder_depth=encoder_depth,
@@ -329,8 +314,9 @@ def scse_unet_2d(
         in_channels=1,
     )
     body = _EncoderDecoder(unet.encoder, unet.decoder)
-    _make_adaptable(body, _NORMS[norm])
-    _drop_unused(body, size=2 ** (encoder_depth + 1))
+    _make_adaptable(body, norm)
+    all_used = _drop_idle(body, size=2 ** (encoder_depth + 2))
+    _require(all_used, "encoder_name", encoder_name, f"an encoder that uses all it computes at depth {encoder_depth}")
     for block in body.decoder.blocks:
         block.conv2.append(nn.Dropout2d(dropout))
     inputs = [name for name, module in body.encoder.named_modules() if getattr(module, "in_channels", 0) == 1]
@@ -339,7 +325,7 @@ def scse_unet_2d(
     return SegNet(body, head, input_weight=f"encoder.{inputs[0]}.weight", stride=2**encoder_depth)
 
 
-def _make_adaptable(net: nn.Module, norm: Callable[[int], nn.Module]) -> None:
+def _make_adaptable(net: nn.Module, norm: str) -> None:
     """Put `norm` in the place of every norm over a batch or an instance, and let no activation write in place.
 
     Subclasses are left for `assert_adaptable` to refuse: timm's BatchNormAct2d, for one, is an activation as well.
@@ -349,21 +335,30 @@ def _make_adaptable(net: nn.Module, norm: Callable[[int], nn.Module]) -> None:
             module.inplace = False
         for name, child in module.named_children():
             if type(child) in (nn.BatchNorm2d, nn.InstanceNorm2d):
-                setattr(module, name, norm(child.num_features))
+                width = child.num_features
+                instance, groups = nn.InstanceNorm2d(width, affine=True), nn.GroupNorm(_groups(width), width)
+                setattr(module, name, instance if norm == "instance" else groups)
 
 
-def _drop_unused(body: nn.Module, size: int) -> None:
-    """Remove what never runs, such as the stages of an encoder below its depth: it would have no gradient."""
+def _drop_idle(body: nn.Module, size: int) -> bool:
+    """Remove what never runs, such as the stages of an encoder below its depth: it would have no gradient.
+
+    Returns:
+        Whether all parameters that are left have a bearing on the features.
+    """
     ran: set[nn.Module] = set()
     hooks = [module.register_forward_pre_hook(lambda module, _: ran.add(module)) for module in body.modules()]
-    with torch.no_grad():
-        body(torch.zeros(1, 1, size, size))
+    parameters = list(body.parameters())
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(body(torch.zeros(1, 1, size, size)).sum(), parameters, allow_unused=True)
     for hook in hooks:
         hook.remove()
+    used = {parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
     for module in list(body.modules()):
         for name, child in module.named_children():
-            if ran.isdisjoint(child.modules()):
+            if ran.isdisjoint(child.modules()) and used.isdisjoint(child.parameters()):
                 setattr(module, name, nn.Identity())
+    return used.issuperset(body.parameters())
 
 
 NETWORKS: dict[str, Callable[..., SegNet]] = {"se_unet_3d": se_unet_3d, "scse_unet_2d": scse_unet_2d}

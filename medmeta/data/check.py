@@ -7,16 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from medmeta.data.folders import listed, some, stem
+from medmeta.data.folders import listed, stem
 from medmeta.data.manifests import Modality
 from medmeta.data.tasks import Case, Task, load_task
 from medmeta.data.volume import Header, grid_difference, is_volume, read_channels, read_header, read_labels, read_volume
 from medmeta.errors import InputError
+
+T = TypeVar("T")
 
 PLAUSIBLE_SPACING_MM = (0.05, 20.0)
 """Voxel sizes of clinical CT and MR lie well within; what lies outside is mostly a wrong unit."""
@@ -155,7 +157,6 @@ def _spacing(header: Header) -> list[Finding]:
 
 def _check_voxels(case: Case, task: Task | None, first_with: dict[bytes, Path]) -> list[Finding]:
     file = case.images[0]
-    # TODO-free by design: one read serves intensities and the search for copies.
     volume = _attempt(lambda: read_channels(case.images))
     if isinstance(volume, str):
         return [Finding(file, "unreadable", volume)]
@@ -164,9 +165,87 @@ def _check_voxels(case: Case, task: Task | None, first_with: dict[bytes, Path]) 
         name = "" if volume.channels == 1 else f"channel {number}: "
         if problem := _intensity(channel, None if task is None else task.modality):
             findings.append(Finding(file, "intensity", name + problem[0], problem[1]))
+    if any(finding.severity == "error" for finding in findings):
+        return findings
     digest = hashlib.blake2b(repr(volume.data.shape).encode(), digest_size=16)
     digest.update(volume.data.contiguous().numpy())
     twin = first_with.setdefault(digest.digest(), file)
     if twin != file:
         findings.append(Finding(file, "duplicate", f"the same voxels as {twin.name}"))
     return findings
+
+
+def _intensity(channel: Tensor, modality: Modality | None) -> tuple[str, Literal["error", "warning"]] | None:
+    low, high = (float(bound) for bound in channel.aminmax())
+    # A NaN anywhere makes both bounds NaN.
+    if not (torch.isfinite(torch.tensor([low, high])).all()):
+        return f"{int((~channel.isfinite()).sum())} of {channel.numel()} voxels are NaN or infinite", "error"
+    if low == high:
+        return f"all voxels are {low:g}", "error"
+    if modality == "CT":
+        if low >= 0:
+            return f"values {low:g} to {high:g}: a CT in HU has air or fat below 0", "warning"
+        if low < PLAUSIBLE_HU[0] or high > PLAUSIBLE_HU[1] or high - low < NARROW_HU:
+            return f"values {low:g} to {high:g}: not like HU (air -1000, water 0, bone about 1000)", "warning"
+    return None
+
+
+def _check_labels(path: Path, headers: Sequence[Header], task: Task) -> tuple[list[Finding], set[str] | None]:
+    """The findings, and the targets that the label map holds; None where it cannot be read."""
+    header = _attempt(lambda: read_header(path))
+    if not isinstance(header, Header):
+        return [Finding(path, "unreadable" if path.exists() else "missing", header)], None
+    findings: list[Finding] = []
+    if headers and (difference := grid_difference(header, headers[0])):
+        findings.append(Finding(path, "grid", f"other grid than {headers[0].path.name}: {difference}"))
+    labels = _attempt(lambda: read_labels(path))
+    if isinstance(labels, str):
+        # What reads as an image was readable: then the values are at fault.
+        readable = not isinstance(_attempt(lambda: read_volume(path)), str)
+        return [*findings, Finding(path, "labels" if readable else "unreadable", labels)], None
+    values = _values(labels.data)
+    refusal = _attempt(lambda: task.encode(values, path))
+    if isinstance(refusal, str):
+        findings.append(Finding(path, "labels", refusal))
+    held = set(values.tolist())
+    present = {target for target, wanted in task.targets.items() if held & set(wanted)}
+    if absent := [target for target in task.targets if target not in present]:
+        findings.append(Finding(path, "empty organ", f"not in this scan: {', '.join(absent)}", "warning"))
+    return findings, present
+
+
+def _values(labels: Tensor) -> Tensor:
+    """The label values that occur, ascending."""
+    if int(labels.max()) > 65535:
+        return labels.unique()
+    return torch.bincount(labels.reshape(-1)).nonzero().reshape(-1)
+
+
+def _attempt(read: Callable[[], T]) -> T | str:
+    """What `read` returns, or in one line why it could not."""
+    try:
+        return read()
+    except InputError as error:
+        return f"{error.found}; required: {error.required}. {error.remedy}".strip()
+    except Exception as error:  # one bad scan never stops the others, whatever a library makes of it
+        return f"{type(error).__name__}: {error}"
+
+
+def summarise(findings: Sequence[Finding], scans: int) -> dict[str, Any]:
+    """The findings as plain values for JSON.
+
+    Args:
+        findings: what `check_path` returned.
+        scans: the number of scans read, the second argument of its `progress`.
+
+    Returns:
+        scans: the number of scans read, the second number that `progress` is told.
+    """
+    severities = Counter(finding.severity for finding in findings)
+    return {
+        "scans": scans,
+        "errors": severities["error"],
+        "warnings": severities["warning"],
+        "problems": dict(sorted(Counter(finding.problem for finding in findings).items())),
+        "findings": [asdict(finding) | {"file": str(finding.file)} for finding in findings],
+    }

@@ -194,7 +194,8 @@ def listed(folder: Path, wanted: Callable[[Path], bool] = is_volume) -> list[Pat
     require_folder(folder)
     found = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and wanted(path)]
     if not found:
-        raise InputError(folder, "no scans", "at least one scan")
+        remedy = "Scans end in .nii.gz, .nii, .nrrd, .mha or .mhd; a task folder has a dataset.json."
+        raise InputError(folder, "no scans", "at least one scan", remedy)
     return found
 
 

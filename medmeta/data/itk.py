@@ -48,6 +48,8 @@ def stored_file(path: Path) -> Stored:
     """
     with _simpleitk() as sitk:
         try:
+            if _IMAGE_IO[path.suffix.lower()] == "MetaImageIO":
+                _require_meta_header(path)
             reader = _information(sitk, path, _IMAGE_IO[path.suffix.lower()])
         except UNREADABLE as error:
             found = f"a damaged file ({reason(error)})"
@@ -167,6 +169,13 @@ def _information(sitk: ModuleType, path: Path, image_io: str) -> Any:
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
     return reader
+
+
+def _require_meta_header(path: Path) -> None:
+    # ITK would say so too, but on stderr and over several lines.
+    with path.open("rb") as stream:
+        if b"NDims" not in stream.read(4096):
+            raise ValueError("no MetaImage header")
 
 
 def _affine(reader: Any) -> np.ndarray:

@@ -104,7 +104,7 @@ def _raw(path: Path) -> nib.Nifti1Header:
         raise InputError(path, "no gzip stream", "a gzip-compressed NIfTI file", remedy) from error
     except UNREADABLE as error:
         raise InputError(path, f"a damaged file ({reason(error)})", "a NIfTI file", _AGAIN) from error
-    for kind, magic in ((nib.Nifti1Header, b"n+1"), (nib.Nifti2Header, b"n+2\r\n\x1a\n")):
+    for kind, magic in ((nib.Nifti1Header, b"n+1"), (nib.Nifti2Header, b"n+2")):
         for order, endianness in (("little", "<"), ("big", ">")):
             if len(block) >= kind.sizeof_hdr and int.from_bytes(block[:4], order) == kind.sizeof_hdr:
                 raw = kind(block[: kind.sizeof_hdr], endianness, check=False)

@@ -88,7 +88,8 @@ class PhantomTask:
 
     @property
     def name(self) -> str:
-        return f"Task{self.index + 1:02d}_{self.family.capitalize()}{self.modality}"
+        # The part after "_" names the organ, and two organs of one family are two organs: the number, again.
+        return f"Task{self.index + 1:02d}_{self.family.capitalize()}{self.modality}{self.index + 1}"
 
 
 def phantom_task(index: int, seed: int, *, size_mm: float = 120.0) -> PhantomTask:
@@ -112,7 +113,7 @@ def phantom_task(index: int, seed: int, *, size_mm: float = 120.0) -> PhantomTas
     modality = ("CT", "MR")[index % 2]
     tissue = own.uniform(-60, 50) if modality == "CT" else own.uniform(320, 560)
     noise = own.uniform(9, 18) if modality == "CT" else own.uniform(15, 36)
-    contrast = noise * 2.2 * (8.0 / 2.2) ** spread_contrast * (1 if (index // 2 + shift) % 2 else -1)
+    contrast = noise * 2.6 * (8.0 / 2.6) ** spread_contrast * (1 if (index // 2 + shift) % 2 else -1)
     # A core of a small organ would be a few voxels.
     two = own.random() < 0.5 and (_FAMILIES[family][2] != "core" or size > 0.25 * size_mm)
     main = ("RAS", "LPS", "LAS")[(index + shift) % 3]

@@ -125,7 +125,7 @@ class Task:
             raise InputError(where, f"labels of type {labels.dtype}", "integer labels")
         # 32 bits hold every label that is stored in a file, and an index half the size of the default one.
         wide = labels if labels.dtype == torch.int64 else labels.to(torch.int32)
-        index = wide.clamp(-1, len(self._table) - 2) + 1
+        index = wide.clamp(-1, len(self._table) - 2).add_(1)
         mask = self._table.to(labels.device).index_select(0, index.reshape(-1)).reshape(labels.shape)
         if mask.numel() and int(mask.min()) == _UNNAMED:
             raise self._unnamed_error(labels[mask == _UNNAMED].unique().tolist(), where)

@@ -201,7 +201,8 @@ def read_labels(path: str | Path, *, limit_bytes: int = VOXEL_LIMIT_BYTES) -> Vo
         raise InputError(path, f"{header.channels} channels or layers", "one 3-D label map", remedy)
     if voxels.dtype.kind == "f":
         rounded = np.rint(voxels)
-        odd = ~(np.abs(voxels - rounded) <= _ROUNDING)  # NaN and inf are odd too
+        with np.errstate(invalid="ignore"):
+            odd = ~(np.abs(voxels - rounded) <= _ROUNDING)  # NaN and inf are odd too
         if odd.any():
             found = f"{int(odd.sum())} voxels that are not integers, such as {voxels[odd][0]:.6g}"
             raise InputError(path, found, "integer label values", remedy)
@@ -234,8 +235,9 @@ def write_volume(volume: Volume, path: str | Path) -> None:
         found = "a folder of that name" if path.is_dir() else "no such folder to write to"
         raise InputError(path, found, "a file name in an existing folder", "Create the folder or rename the file.")
     affine = volume.affine.numpy(force=True)
-    if 0 in volume.data.shape:
-        raise InputError(path, f"a volume of shape {tuple(volume.data.shape)}", "at least one voxel", "")
+    if 0 in volume.data.shape or max(volume.shape) > _AXIS_LIMIT:
+        found = f"{by(volume.shape)} voxels x {volume.channels} channels"
+        raise InputError(path, found, f"1 to {_AXIS_LIMIT} voxels along every axis", "Crop the volume.")
     _require_affine(path, affine)
     voxels = _storable(volume.data, path)
     temporary = path.with_name(f".{uuid.uuid4().hex}{suffix}")
@@ -372,9 +374,9 @@ def _stored(path: Path, limit_bytes: int) -> tuple[Header, Stored]:
 def _read(path: Path, limit_bytes: int, dtype: type | None) -> tuple[Header, np.ndarray]:
     """Header and voxels (C, X, Y, Z); as stored where `dtype` is None and no slope applies."""
     header, stored = _stored(path, limit_bytes)
-    voxels = (nifti if isinstance(stored.source, nib.Nifti1Header) else itk).voxels(path, stored, dtype)
-    wanted = np.dtype(dtype or voxels.dtype).newbyteorder("=")
-    return header, np.ascontiguousarray(voxels, dtype=wanted)
+    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold becomes infinite, as NaN stays NaN
+        voxels = (nifti if isinstance(stored.source, nib.Nifti1Header) else itk).voxels(path, stored, dtype)
+        return header, np.ascontiguousarray(voxels, dtype=np.dtype(dtype or voxels.dtype).newbyteorder("="))
 
 
 def _storable(data: Tensor, path: Path) -> np.ndarray:

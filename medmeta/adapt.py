@@ -1,0 +1,167 @@
+"""From a few labelled scans to a segmenter."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from medmeta.data.preprocess import Preprocess
+from medmeta.data.sampler import Augment, draw_patch
+from medmeta.data.store import StoredCase, StoredTask, fit_preprocess, prepare
+from medmeta.data.tasks import Task
+from medmeta.episode import Examples, State
+from medmeta.learners import MetaLearner
+from medmeta.losses import dice_cross_entropy
+from medmeta.segmenter import Model, Segmenter, as_model
+
+METHODS = ("finetune", "inner")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long and how fast to adapt.
+
+    Args:
+        steps: optimiser steps at most.
+        minutes: wall-clock minutes at most, None for no limit. Only a budget of steps gives the same result again.
+        rate: AdamW's step size, before a cosine to nothing.
+        patches: patches of one step.
+    """
+
+    steps: int = 200
+    minutes: float | None = None
+    rate: float = 2e-3
+    patches: int = 2
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.rate <= 0 or self.patches < 1 or (self.minutes is not None and self.minutes <= 0):
+            raise ValueError(f"{self}; required: steps of 0 or more, patches of 1 or more, a positive rate and minutes")
+
+
+def adapt_to(
+    model: Model | Segmenter,
+    task: Task,
+    *,
+    method: str = "finetune",
+    budget: Budget = Budget(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype = torch.float32,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Segmenter:
+    """Adapt a model to the labelled scans of a task.
+
+    The output convolution gets one row for each class and the input convolution one slice for each channel, both grown
+    from what was learned (`SegNet.grow`); all of them then move freely.
+
+    Args:
+        model: meta-learned, or adapted before (then its meta-learned part is the start).
+        task: 1 to 10 labelled scans; the unlabelled ones are not used.
+        method: "finetune" is AdamW on augmented patches from the learned start; "inner" is the learner's own rule.
+        budget: how long, for "finetune".
+        seed: which patches and augmentations are drawn.
+        device: where to adapt.
+        precision: bfloat16 runs the network under autocast.
+        progress: called with (step, steps, loss).
+
+    Raises:
+        InputError: a scan or label map cannot be used; the message names the file.
+        ValueError: an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}; required: one of {', '.join(METHODS)}")
+    model = as_model(model)
+    support = prepare_support(task, model.voxels, stride=model.learner.net.stride)
+    state = adapt_prepared(model.learner, support, method, budget, seed, device, precision, progress)
+    return make_segmenter(model, task, support, state, {"method": method, "seed": seed, "steps": budget.steps})
+
+
+def prepare_support(task: Task, voxels: int, *, stride: int = 8, preprocess: Preprocess | None = None) -> StoredTask:
+    """The labelled scans of a task on a working grid fitted to them, in memory."""
+    cases = task.labelled.cases
+    preprocess = preprocess or fit_preprocess(task)
+    prepared = tuple(prepare(task, case, preprocess) for case in cases)
+    patch = preprocess.patch(voxels, [case.mask.shape for case in prepared], stride)
+    return StoredTask(task.name, task.classes, patch, prepared, preprocess)
+
+
+def make_segmenter(model: Model, task: Task, support: StoredTask, state: State, card: dict[str, object]) -> Segmenter:
+    """A segmenter for `task` from what was learned on its prepared support."""
+    facts = {"task": task.name, "support_scans": len(support.cases), "support_terms": task.terms, **card}
+    values = tuple(min(atom) for atom in task.atoms)
+    return Segmenter(
+        model, state, support.preprocess, dict(task.targets), values, task.channels, support.patch, facts
+    )
+
+
+def adapt_prepared(
+    learner: MetaLearner,
+    support: StoredTask,
+    method: str = "finetune",
+    budget: Budget = Budget(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype = torch.float32,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> State:
+    """What `learner` learns from prepared scans. Arguments as of `adapt_to`."""
+    learner = learner.to(device).eval()
+    if method == "inner":
+        rng = np.random.default_rng([seed, 1])
+        patches = [_patch(support, case, None, rng) for case in support.cases]
+        with torch.no_grad():
+            return _to_cpu(learner.adapt(_for_network(learner, _examples(patches, support.classes)).to(device)))
+    augment = Augment(support.patch, support.preprocess.spacing, support.preprocess.modality)
+    with torch.no_grad():
+        start = learner.start(support.cases[0].image.shape[0], support.classes)
+    state = {name: tensor.detach().clone().requires_grad_() for name, tensor in start.items()}
+    optimiser = torch.optim.AdamW(state.values(), lr=budget.rate, weight_decay=1e-4)
+    started = time.monotonic()
+    for step in range(budget.steps):
+        spent = 0.0 if budget.minutes is None else (time.monotonic() - started) / (60.0 * budget.minutes)
+        done = max(step / budget.steps, spent)
+        if done >= 1.0:
+            break
+        for group in optimiser.param_groups:
+            group["lr"] = budget.rate * 0.5 * (1.0 + math.cos(math.pi * done))
+        rng = np.random.default_rng([seed, 0, step])
+        # Over one step and the next, every scan comes up as often as any other.
+        chosen = [support.cases[(step * budget.patches + n) % len(support.cases)] for n in range(budget.patches)]
+        examples = _for_network(
+            learner, _examples([_patch(support, case, augment, rng) for case in chosen], support.classes)
+        ).to(device)
+        optimiser.zero_grad()
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            logits = learner.segment(examples.image, state)
+        loss = dice_cross_entropy(logits.float(), examples.mask)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(state.values()), 5.0)
+        optimiser.step()
+        if progress:
+            progress(step + 1, budget.steps, float(loss.detach()))
+    return _to_cpu(state)
+
+
+def _to_cpu(state: State) -> State:
+    return {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+
+def _patch(
+    support: StoredTask, case: StoredCase, augment: Augment | None, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    image, mask = draw_patch(case, support.patch, rng)
+    return augment(image, mask, rng) if augment else (image, mask)
+
+
+def _examples(patches: Sequence[tuple[torch.Tensor, torch.Tensor]], classes: int) -> Examples:
+    images, masks = zip(*patches, strict=True)
+    return Examples(torch.stack(images), torch.stack(masks), classes)
+
+
+def _for_network(learner: MetaLearner, examples: Examples) -> Examples:
+    return examples if learner.net.spatial_dims == 3 else examples.slices()

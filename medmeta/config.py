@@ -1,0 +1,144 @@
+"""Experiments as YAML: typed, every key known, errors that name the key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medmeta.benchmark import Trial
+from medmeta.data.tasks import Task
+from medmeta.errors import InputError
+from medmeta.recipe import Phase, Recipe, TaskSource
+
+
+class NetworkConfig(BaseModel):
+    """A network of `medmeta.networks.NETWORKS` and its options."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = "se_unet_3d"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class TrainConfig(BaseModel):
+    """What `medmeta train` reads; the words are those of `Recipe`.
+
+    Args:
+        data: folder below which the tasks lie, relative to the config file.
+        tasks: training tasks.
+        phases: parts of the training.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: Path
+    tasks: tuple[TaskSource, ...]
+    phases: tuple[Phase, ...]
+    network: NetworkConfig = NetworkConfig()
+    voxels: int = Field(default=48**3, ge=16**3)
+    seed: int = 0
+    validation_share: float = Field(default=0.2, gt=0, lt=1)
+    validation_episodes: int = Field(default=24, ge=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def recipe(self, phases: tuple[Phase, ...] | None = None) -> Recipe:
+        """The recipe, with its tasks read; `phases` instead of the config's own where given."""
+        return Recipe(
+            tasks=tuple(source.load(self.data) for source in self.tasks),
+            phases=self.phases if phases is None else phases,
+            network=self.network.model_dump(),
+            voxels=self.voxels,
+            seed=self.seed,
+            validation_share=self.validation_share,
+            validation_episodes=self.validation_episodes,
+            precision=self.precision,
+        )
+
+
+class BenchmarkConfig(TrainConfig):
+    """What `medmeta benchmark` reads: training, and a task that is held out of it.
+
+    Args:
+        held_out: the task to adapt to.
+        arms: name -> phases of training; an empty list is the network as it was initialised (from scratch).
+            Arms that begin alike share that part of the training.
+        trial: shots, lengths, draws.
+    """
+
+    held_out: TaskSource
+    phases: tuple[Phase, ...] = ()
+    arms: dict[str, tuple[Phase, ...]]
+    trial: Trial = Trial()
+
+    def held_out_task(self) -> Task:
+        """The held-out task.
+
+        Raises:
+            InputError: it is also a training task, or shares its organ with one.
+        """
+        task = self.held_out.load(self.data)
+        for source in self.tasks:
+            if source.path == self.held_out.path:
+                raise InputError("held_out", source.path, "a set that is not trained on", "Take it out of `tasks`.")
+        return task
+
+
+def load_config(kind: type[TrainConfig], path: str | Path, changes: Sequence[str] = ()) -> Any:
+    """Read a config.
+
+    Args:
+        kind: `TrainConfig` or `BenchmarkConfig`.
+        path: YAML file.
+        changes: `key=value` with dots into sub-keys (`phases.0.schedule.steps=50`); values are YAML.
+
+    Raises:
+        InputError: unreadable, an unknown key, or a value that does not fit; the message names the key.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(path, "no such file", "a YAML config", "configs/ holds examples.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(path, f"unreadable YAML ({error})", "a YAML config") from error
+    if not isinstance(values, dict):
+        raise InputError(path, f"{type(values).__name__}", "keys and values")
+    for change in changes:
+        _change(values, change)
+    try:
+        config = kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the whole"
+        known = ", ".join(kind.model_fields)
+        hint = f"Known keys at the top: {known}." if first["type"] == "extra_forbidden" else ""
+        raise InputError(f"{path}: {key}", repr(first.get("input"))[:80], first["msg"], hint) from error
+    except (ValueError, TypeError) as error:
+        raise InputError(path, str(error), "values that fit") from error
+    config.data = (path.parent / config.data).resolve() if not config.data.is_absolute() else config.data
+    return config
+
+
+def _change(values: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {change}", "no key=value", "for example seed=1")
+    place: Any = values
+    *path, last = key.split(".")
+    for part in path:
+        if isinstance(place, dict):
+            place = place.setdefault(part, {})
+        elif isinstance(place, list) and part.isdigit() and int(part) < len(place):
+            place = place[int(part)]
+        else:
+            raise InputError(f"--set {change}", f"no key {part!r}", "a path of keys and list positions")
+    if isinstance(place, dict):
+        place[last] = yaml.safe_load(text)
+    elif isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = yaml.safe_load(text)
+    else:
+        raise InputError(f"--set {change}", f"no key {last!r}", "a path of keys and list positions")
