@@ -224,8 +224,10 @@ class _SEUNet3D(nn.Module):
         self.decoders = nn.ModuleList(level(2 * fine, fine, 1) for fine, _ in steps)
 
     def forward(self, image: Tensor) -> Tensor:
-        features = [self.encoders[0](self.stem(image))]
-        for down, encoder in zip(self.downs, self.encoders[1:], strict=True):
+        # No slices: a ModuleList that `higher` has patched cannot make another of its kind.
+        first, *encoders = self.encoders
+        features = [first(self.stem(image))]
+        for down, encoder in zip(self.downs, encoders, strict=True):
             features.append(encoder(down(features[-1])))
         decoded = features.pop()
         for up, decoder in zip(reversed(self.ups), reversed(self.decoders), strict=True):

@@ -267,3 +267,9 @@ def _card(recipe: Recipe, history: Sequence[Row]) -> dict[str, Any]:
             for phase in recipe.phases
         },
     }
+
+
+def untrained(recipe: Recipe) -> Model:
+    """The same network, never trained: what adapting from scratch sets out from."""
+    net = build_network(recipe.network["name"], **recipe.network.get("options", {}), seed=recipe.seed)
+    return Model(build_learner("scratch", net).eval(), recipe.voxels, {"training_tasks": [], "seed": recipe.seed})

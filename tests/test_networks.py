@@ -209,6 +209,14 @@ def test_dropout_does_nothing_in_eval_mode(name, norm, generator) -> None:
         assert not torch.equal(dropping.train()(image), dropping(image))
 
 
+@torch.no_grad()
+def test_runs_as_higher_patches_it(net, generator) -> None:
+    import higher
+
+    image = random_image(net, generator)
+    assert torch.equal(higher.monkeypatch(net)(image), net(image))
+
+
 def test_no_module_works_in_place(net) -> None:
     assert not any(getattr(module, "inplace", False) for module in net.modules())
 

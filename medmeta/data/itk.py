@@ -61,11 +61,10 @@ def stored_file(path: Path) -> Stored:
         if not min(reader.GetSpacing()) > 0:
             found = f"spacing {by(reader.GetSpacing())} mm"
             raise InputError(path, found, "the true voxel size along x, y and z", "Export the scan again.")
-        metadata = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
-        if any(key.startswith("NRRD_kinds") and "color" in kind.lower() for key, kind in metadata.items()):
+        if "color" in _metadata(reader, "NRRD_kinds[pixel]"):
             raise InputError(path, "colour voxels", "one number per voxel and channel", "Save grey values.")
         representation = ("Segmentation_SourceRepresentation", "Segmentation_MasterRepresentation")
-        if any("fractional" in metadata.get(key, "").lower() for key in representation):
+        if any("fractional" in _metadata(reader, key) for key in representation):
             raise InputError(path, "a fractional segmentation", "a label map", "In 3D Slicer export it as a labelmap.")
         dtype = _dtype(sitk, path, reader)
         return Stored(reader.GetSize(), reader.GetNumberOfComponents(), _affine(reader), dtype, [path])
@@ -176,6 +175,10 @@ def _require_meta_header(path: Path) -> None:
     with path.open("rb") as stream:
         if b"NDims" not in stream.read(4096):
             raise ValueError("no MetaImage header")
+
+
+def _metadata(reader: Any, key: str) -> str:
+    return reader.GetMetaData(key).lower() if reader.HasMetaDataKey(key) else ""
 
 
 def _affine(reader: Any) -> np.ndarray:

@@ -106,14 +106,16 @@ def phantom_task(index: int, seed: int, *, size_mm: float = 120.0) -> PhantomTas
     shared, own = _stream(seed, _TASK), _stream(seed, _TASK, index)
     family = str(shared.permutation(list(_FAMILIES))[index % len(_FAMILIES)])
     shift, starts = int(shared.integers(12)), shared.random(2)
-    # Steps of the golden ratio and of its square root: no two neighbours alike, no gap for long.
+    # Multiples of irrational numbers modulo 1: no two neighbours alike, no gap for long.
     spread_size, spread_contrast = (starts + index * np.array([0.6180339887, 0.7548776662])) % 1.0
     low, high = _SIZE_RANGE.get(family, (0.125, 0.75))
     size = size_mm * low * (high / low) ** spread_size
     modality = ("CT", "MR")[index % 2]
     tissue = own.uniform(-60, 50) if modality == "CT" else own.uniform(320, 560)
     noise = own.uniform(9, 18) if modality == "CT" else own.uniform(15, 36)
-    contrast = noise * 2.6 * (8.0 / 2.6) ** spread_contrast * (1 if (index // 2 + shift) % 2 else -1)
+    # Thin structures lose half of their contrast to partial volume.
+    least = 3.6 if family in ("shell", "tube") else 2.6
+    contrast = noise * least * (8.0 / least) ** spread_contrast * (1 if (index // 2 + shift) % 2 else -1)
     # A core of a small organ would be a few voxels.
     two = own.random() < 0.5 and (_FAMILIES[family][2] != "core" or size > 0.25 * size_mm)
     main = ("RAS", "LPS", "LAS")[(index + shift) % 3]
@@ -129,7 +131,7 @@ def phantom_task(index: int, seed: int, *, size_mm: float = 120.0) -> PhantomTas
         texture=float(noise * own.uniform(0.2, 1.0)),
         grain_mm=float(own.uniform(3.0, 8.0)),
         noise=float(noise),
-        bias=0.0 if modality == "CT" else float(own.uniform(0.15, 0.4)),
+        bias=0.0 if modality == "CT" else float(own.uniform(0.1, 0.3)),
         body="trunk" if size > 0.45 * size_mm or (index + shift) % 4 < 2 else "head",
         field_mm=float(size_mm),
         spacing=(1.7, 1.7, float(thick)) if (index + shift) % 3 == 1 else (float(fine), float(fine), float(fine)),

@@ -12,7 +12,7 @@ from torch import Tensor
 from medmeta.data.volume import Volume
 from medmeta.episode import IGNORED
 
-ORGAN_VOXELS = 40
+ORGAN_VOXELS = 32
 """Working voxels along the longest side of a task's smallest structure, where the scans resolve that many."""
 
 ANISOTROPY = 2.5

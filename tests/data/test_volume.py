@@ -506,6 +506,16 @@ DAMAGED = {
     "cut.nii.gz": (lambda: GZ(nifti_bytes(), 0)[:-30], "truncated or damaged voxels"),
     "short.nii.gz": (lambda: GZ(nifti_bytes()[:-1]), "truncated or damaged voxels"),
     "cut.nrrd": (lambda: nrrd_bytes(bytes(10)), "truncated or damaged voxels"),
+    "colour.nrrd": (
+        lambda: nrrd_bytes(
+            bytes(72),
+            dimension="4",
+            sizes="3 4 3 2",
+            kinds="RGB-color domain domain domain",
+            space_directions="none (1,0,0) (0,1,0) (0,0,1)",
+        ),
+        "colour voxels",
+    ),
     "scan.dcm": (lambda: b"DICM", "the suffix '.dcm'"),
     "scan": (lambda: b"x", "the suffix ''"),
 }
