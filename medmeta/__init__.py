@@ -1,2 +1,67 @@
-"""medmeta"""
-from importlib.metadata import version; __version__=version("medmeta")
+"""medmeta: segment a new organ from 1 to 10 labelled CT or MR scans.
+
+    model = medmeta.load("models/organs")
+    segmenter = medmeta.adapt(model, "images", "labels", targets={"kidney": (1,)})
+    labels = segmenter.predict(medmeta.read_volume("scan.nii.gz"))
+
+Names are loaded on first use: importing the package starts nothing heavy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from medmeta.adaptation import Budget, adapt, adapt_to
+    from medmeta.data.tasks import Case, Task, load_task, pair_folders
+    from medmeta.data.volume import Volume, read_volume, write_volume
+    from medmeta.episode import Episode, Examples, State
+    from medmeta.errors import InputError, MedmetaError
+    from medmeta.evaluate import evaluate_folders
+    from medmeta.prediction import predict
+    from medmeta.segmenter import Model, Segmenter, load
+
+__version__ = version("medmeta")
+
+_HOMES = {
+    "medmeta.adaptation": ("Budget", "adapt", "adapt_to"),
+    "medmeta.data.tasks": ("Case", "Task", "load_task", "pair_folders"),
+    "medmeta.data.volume": ("Volume", "read_volume", "write_volume"),
+    "medmeta.episode": ("Episode", "Examples", "State"),
+    "medmeta.errors": ("InputError", "MedmetaError"),
+    "medmeta.evaluate": ("evaluate_folders",),
+    "medmeta.prediction": ("predict",),
+    "medmeta.segmenter": ("Model", "Segmenter", "load"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Budget",
+    "Case",
+    "Episode",
+    "Examples",
+    "InputError",
+    "MedmetaError",
+    "Model",
+    "Segmenter",
+    "State",
+    "Task",
+    "Volume",
+    "adapt",
+    "adapt_to",
+    "evaluate_folders",
+    "load",
+    "load_task",
+    "pair_folders",
+    "predict",
+    "read_volume",
+    "write_volume",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'medmeta' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)

@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from medmeta.adapt import Budget, adapt_prepared, make_segmenter, prepare_support
+from medmeta.adaptation import Budget, adapt_prepared, make_segmenter, prepare_support
 from medmeta.data.store import StoredTask, read_case
 from medmeta.data.tasks import Case, Task
 from medmeta.episode import IGNORED
 from medmeta.errors import InputError
 from medmeta.evaluate import bootstrap_interval, score_masks
-from medmeta.files import read_json, write_json
+from medmeta.files import read_json, replacing, write_json
+from medmeta.recipe import Progress, Recipe, train_recipe, untrained
+from medmeta.report import curves_over_adaptation, learning_curves
 from medmeta.segmenter import Model, Segmenter
+from medmeta.train import Row
 
 
 @dataclass(frozen=True)
@@ -212,3 +215,62 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> st
             cells.append(f"{f'**{text}**' if row['dice'] == best else text} ({low:.2f} to {high:.2f})")
         lines.append(f"| {shots} | {steps} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def run_arms(
+    plans: Mapping[str, Recipe],
+    task: Task,
+    trial: Trial,
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    trials: Progress | None = None,
+    log: Callable[[Row], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Train every arm, compare them, write models, `result.json`, `table.md` and curves to `out`.
+
+    Args:
+        plans: arm -> recipe; one without phases is the network as it was initialised.
+        task: the held-out task.
+        trial: what every arm is put through.
+        out: what stands there from an earlier run is not done again.
+        device: where to train and adapt.
+        progress: told how the preparation of scans goes.
+        trials: told how the comparison goes.
+        log: called with each row of the training history.
+
+    Returns:
+        The rows of `summarise`.
+    """
+    arms: dict[str, Model] = {}
+    for name, recipe in plans.items():
+        if not recipe.phases:
+            arms[name] = untrained(recipe)
+            continue
+        arms[name], history = train_recipe(recipe, out, device=device, progress=progress, log=log)
+        learning_curves(history, out / f"learning-{name}.png")
+        if not (out / "models" / name).exists():
+            arms[name].save(out / "models" / name)
+    bfloat16 = any(recipe.precision == "bfloat16" for recipe in plans.values())
+    precision = torch.bfloat16 if bfloat16 else torch.float32
+    results = compare(arms, task, trial, out / "trials", device=device, precision=precision, progress=trials)
+    rows = summarise(results, list(task.targets), trial.seed)
+    seconds = {name: model.card.get("seconds", {}) for name, model in arms.items()}
+    write_json(out / "result.json", {"task": task.name, "rows": rows, "training_seconds": seconds})
+    with replacing(out / "table.md") as beside:
+        beside.write_text(markdown_table(rows, list(plans)) + "\n", encoding="utf-8")
+    for shots in trial.shots:
+        chosen = [row for row in rows if row["shots"] == shots]
+        curves_over_adaptation(
+            {key: by_steps(chosen, key) for key in ("dice", "interval")}, out / f"adaptation-{shots}-scans.png"
+        )
+    return rows
+
+
+def by_steps(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, dict[str, Any]]:
+    """{steps: {arm: value}} from rows of one number of scans."""
+    table: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        table.setdefault(str(row["steps"]), {})[row["arm"]] = row[key]
+    return table

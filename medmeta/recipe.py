@@ -200,9 +200,7 @@ class _Slices:
         return replace(episode, support=episode.support.slices(), query=episode.query.slices())
 
 
-def _prepared(
-    recipe: Recipe, store: Path, progress: Progress | None
-) -> tuple[list[StoredTask], list[StoredTask]]:
+def _prepared(recipe: Recipe, store: Path, progress: Progress | None) -> tuple[list[StoredTask], list[StoredTask]]:
     shelves = Store(store)
     training, held_out = [], []
     for task in recipe.tasks:
@@ -230,9 +228,7 @@ def _split(task: Task, held_out: int, seed: int) -> tuple[Task, Task]:
     return split_patients(labelled, [len(labelled.patients) - held_out, held_out], seed)
 
 
-def _next_learner(
-    phase: Phase, net: SegNet, before: MetaLearner | None, tasks: Sequence[StoredTask]
-) -> MetaLearner:
+def _next_learner(phase: Phase, net: SegNet, before: MetaLearner | None, tasks: Sequence[StoredTask]) -> MetaLearner:
     options = dict(phase.options)
     if phase.learner == "transfer":
         options["tasks"] = {task.name: task.classes for task in tasks}

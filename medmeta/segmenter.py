@@ -234,4 +234,3 @@ def refuse_existing(folder: Path) -> None:
     """Raise InputError where `folder` holds anything: nothing is overwritten unasked."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(folder, "something that stands there already", "a new or empty folder", "Name another one.")
-

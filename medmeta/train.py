@@ -199,9 +199,7 @@ def _step(
     return total
 
 
-def validation_dice(
-    learner: nn.Module, episodes: Sequence[Episode], precision: torch.dtype = torch.float32
-) -> float:
+def validation_dice(learner: nn.Module, episodes: Sequence[Episode], precision: torch.dtype = torch.float32) -> float:
     """Mean Dice over the classes present in the queries of some episodes, without a meta-gradient."""
     learner.eval()
     scores = []

@@ -166,8 +166,12 @@ def test_folders_are_scored_case_by_case_and_summed_up(folders: tuple[Path, Path
     dice = {(row["case"], row["target"]): row["dice"] for row in result.rows}
     assert math.isnan(dice.pop(("without_two", "2")))
     assert dice == {
-        ("good", "1"): 1.0, ("good", "2"): 0.75, ("missing_two", "1"): 1.0, ("missing_two", "2"): 0.0, ("without_two", "1"): 0.5
-    }  # fmt: skip
+        ("good", "1"): 1.0,
+        ("good", "2"): 0.75,
+        ("missing_two", "1"): 1.0,
+        ("missing_two", "2"): 0.0,
+        ("without_two", "1"): 0.5,
+    }
     summary = result.summary()
     one, two = summary["targets"]["1"], summary["targets"]["2"]
     assert one["dice"]["mean"] == pytest.approx(2.5 / 3) and one["n"] == 3 and one["absent"] == 0

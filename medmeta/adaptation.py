@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +15,8 @@ import torch
 from medmeta.data.preprocess import Preprocess
 from medmeta.data.sampler import Augment, draw_patch
 from medmeta.data.store import StoredCase, StoredTask, fit_preprocess, prepare
-from medmeta.data.tasks import Task
+from medmeta.data.tasks import Task, pair_folders
+from medmeta.data.volume import read_channels, read_labels
 from medmeta.episode import Examples, State
 from medmeta.learners import MetaLearner
 from medmeta.losses import dice_cross_entropy
@@ -48,7 +51,7 @@ def adapt_to(
     task: Task,
     *,
     method: str = "finetune",
-    budget: Budget = Budget(),  # noqa: B008 (frozen)
+    budget: Budget = Budget(),
     seed: int = 0,
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
@@ -81,6 +84,55 @@ def adapt_to(
     return make_segmenter(model, task, support, state, {"method": method, "seed": seed, "steps": budget.steps})
 
 
+def adapt(
+    model: Model | Segmenter,
+    images: str | Path,
+    labels: str | Path,
+    *,
+    targets: Mapping[str, Sequence[int]] | None = None,
+    modality: Literal["CT", "MR"] | None = None,
+    **options: Any,
+) -> Segmenter:
+    """Adapt a model to the scans of one folder and the label maps of another.
+
+    Args:
+        model: meta-learned, or adapted before.
+        images: folder of scans.
+        labels: folder of label maps of the same names.
+        targets: structure -> label values; every value of the label maps, named "label 1" and so on, when None.
+        modality: "CT" or "MR"; found from the scans (`guess_modality`) when None.
+        options: as of `adapt_to`.
+
+    Raises:
+        InputError: a folder, a scan or a label map cannot be used; the message names the file.
+    """
+    return adapt_to(model, support_task(images, labels, targets=targets, modality=modality), **options)
+
+
+def support_task(
+    images: str | Path,
+    labels: str | Path,
+    *,
+    targets: Mapping[str, Sequence[int]] | None = None,
+    modality: Literal["CT", "MR"] | None = None,
+) -> Task:
+    """The task that two folders of scans and label maps make. Arguments and errors as of `adapt`."""
+    task = pair_folders(images, labels, targets=targets or {"any": (1,)}, modality=modality or "MR")
+    if targets is None:
+        values = {value for case in task.cases for value in read_labels(case.labels).data.unique().tolist()} - {0}
+        found = {f"label {value}": (value,) for value in sorted(values)}
+        task = pair_folders(images, labels, targets=found or {"any": (1,)}, modality=task.modality)
+    if modality is None:
+        task = replace(task, modality=guess_modality(task))
+    return task
+
+
+def guess_modality(task: Task) -> Literal["CT", "MR"]:
+    """CT where every scan reaches below -50, as fat and air do in HU and MR signal does not; MR otherwise."""
+    lowest = [float(read_channels(case.images).data.nan_to_num().min()) for case in task.cases]
+    return "CT" if max(lowest) < -50 else "MR"
+
+
 def prepare_support(task: Task, voxels: int, *, stride: int = 8, preprocess: Preprocess | None = None) -> StoredTask:
     """The labelled scans of a task on a working grid fitted to them, in memory."""
     cases = task.labelled.cases
@@ -94,16 +146,14 @@ def make_segmenter(model: Model, task: Task, support: StoredTask, state: State, 
     """A segmenter for `task` from what was learned on its prepared support."""
     facts = {"task": task.name, "support_scans": len(support.cases), "support_terms": task.terms, **card}
     values = tuple(min(atom) for atom in task.atoms)
-    return Segmenter(
-        model, state, support.preprocess, dict(task.targets), values, task.channels, support.patch, facts
-    )
+    return Segmenter(model, state, support.preprocess, dict(task.targets), values, task.channels, support.patch, facts)
 
 
 def adapt_prepared(
     learner: MetaLearner,
     support: StoredTask,
     method: str = "finetune",
-    budget: Budget = Budget(),  # noqa: B008 (frozen)
+    budget: Budget = Budget(),
     seed: int = 0,
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,

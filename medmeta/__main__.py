@@ -1,0 +1,3 @@
+from medmeta.cli import main
+
+main()

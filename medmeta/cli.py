@@ -1,0 +1,412 @@
+"""The command line: a thin skin over the Python API.
+
+Exit codes: 0 all well; 1 done, with problems listed; 2 the call is unusable, nothing was done.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from medmeta.errors import InputError, MedmetaError
+
+if TYPE_CHECKING:
+    from medmeta.segmenter import Model, Segmenter
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Segment a new organ from 1 to 10 labelled CT or MR scans. For research; not a medical device.",
+)
+console = Console()
+
+Out = Annotated[Path, typer.Option("--out", help="New folder for what is made.")]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same result.")]
+Targets = Annotated[list[str] | None, typer.Option("--target", metavar="NAME=1,2", help="A structure and its values.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the config.")]
+ModelFolder = Annotated[Path, typer.Argument(help="Model folder that train or adapt wrote.")]
+Precision = Annotated[str, typer.Option("--precision", help="float32, or bfloat16 where the processor has it.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")]
+
+
+@app.command()
+def demo(out: Out = Path("medmeta-demo"), seed: Seed = 0) -> None:
+    """The whole story on synthetic organs, in minutes: train, adapt to a new organ, segment, score.
+
+    Example: medmeta demo --out story
+    """
+    from medmeta.console import Reporter
+    from medmeta.demo import phases, run_demo
+    from medmeta.report import dice_table
+
+    steps = {phase.name: phase.schedule.steps for plan in phases().values() for phase in plan}
+    with Reporter(console) as reporter:
+        result = run_demo(out, seed=seed, progress=_demo_progress(reporter), log=reporter.row(steps))
+    console.print(dice_table(result))
+    console.print(f"{result['seconds']['all']:.0f} s. Pictures, models and result.json are in {out}")
+
+
+@app.command()
+def phantoms(
+    folder: Annotated[Path, typer.Argument(help="New folder for the tasks.")],
+    tasks: Annotated[int, typer.Option(help="Number of organ tasks.")] = 6,
+    cases: Annotated[int, typer.Option(help="Scans of each.")] = 8,
+    seed: Seed = 0,
+) -> None:
+    """Write synthetic CT and MR organ tasks as Decathlon folders.
+
+    Example: medmeta phantoms organs --tasks 4
+    """
+    from medmeta.console import Reporter
+    from medmeta.data.phantoms import write_phantoms
+
+    with Reporter(console) as reporter:
+        made = write_phantoms(
+            folder, tasks=tasks, cases=cases, seed=seed, progress=lambda d, n: reporter("writing", d, n)
+        )
+    console.print(f"{len(made)} tasks in {folder}")
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="A scan, a folder of scans, a task folder or a manifest.")],
+    json: Annotated[Path | None, typer.Option("--json", help="Write the findings here too.")] = None,
+    root: Annotated[Path | None, typer.Option("--root", help="Folder that holds the data of a manifest.")] = None,
+    target: Targets = None,
+) -> None:
+    """Read every scan before hours are spent on it, and say what is wrong with each.
+
+    Example: medmeta check Task04_Hippocampus --json findings.json
+    """
+    from medmeta.console import Reporter
+    from medmeta.data.check import check_path, summarise
+    from medmeta.files import write_json
+
+    scans = 0
+    with Reporter(console) as reporter:
+
+        def progress(done: int, total: int) -> None:
+            nonlocal scans
+            scans = total
+            reporter("reading", done, total)
+
+        findings = check_path(path, root=root, targets=_targets(target), progress=progress)
+    summary = summarise(findings, scans)
+    for finding in findings:
+        _line(f"{finding.severity}: {finding.file}: {finding.problem}: {finding.message}")
+    if json:
+        write_json(json, summary)
+    _line(f"{scans} scans read, {summary['errors']} errors, {summary['warnings']} warnings")
+    raise typer.Exit(1 if findings else 0)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML config; configs/ holds examples.")],
+    out: Out,
+    set_: Changes = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    device: Device = "cpu",
+) -> None:
+    """Meta-train a model across organ tasks.
+
+    Example: medmeta train configs/train_all.yaml --out runs/all
+    """
+    from medmeta.config import TrainConfig, load_config
+    from medmeta.console import Reporter
+    from medmeta.files import write_json
+    from medmeta.recipe import train_recipe
+    from medmeta.report import learning_curves
+
+    settings = load_config(TrainConfig, config, set_ or ())
+    recipe = settings.recipe()
+    _resumable(out, resume)
+    with Reporter(console) as reporter:
+        steps = {phase.name: phase.schedule.steps for phase in recipe.phases}
+        model, history = train_recipe(recipe, out, device=device, progress=reporter, log=reporter.row(steps))
+    if not (out / "model").exists():
+        model.save(out / "model")
+    write_json(out / "history.json", history)
+    learning_curves(history, out / "learning.png")
+    console.print(f"The model is in {out / 'model'}, its learning curve in {out / 'learning.png'}")
+
+
+@app.command()
+def adapt(
+    model: ModelFolder,
+    images: Annotated[Path, typer.Option("--images", help="Folder of 1 to 10 scans.")],
+    labels: Annotated[Path, typer.Option("--labels", help="Folder of their label maps, of the same names.")],
+    out: Out,
+    target: Targets = None,
+    modality: Annotated[str | None, typer.Option(help="CT or MR; found from the scans when not given.")] = None,
+    method: Annotated[str, typer.Option(help="finetune, or inner (the learner's own rule).")] = "finetune",
+    steps: Annotated[int, typer.Option(help="Optimiser steps at most.")] = 200,
+    minutes: Annotated[float | None, typer.Option(help="Minutes at most.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    precision: Precision = "float32",
+) -> None:
+    """Adapt a model to a new organ from a few labelled scans.
+
+    Example: medmeta adapt model --images scans --labels labels --target kidney=2,3 --out kidney
+    """
+    from medmeta.adaptation import Budget, adapt_to, support_task
+    from medmeta.console import Reporter
+    from medmeta.segmenter import refuse_existing
+
+    if modality not in (None, "CT", "MR"):
+        raise InputError("--modality", modality, "CT or MR")
+    refuse_existing(out)
+    source = _model(model)
+    task = support_task(images, labels, targets=_targets(target), modality=modality)
+    console.print(f"{len(task.cases)} scans, {task.modality}, {', '.join(task.targets)}", markup=False)
+    with Reporter(console) as reporter:
+        segmenter = adapt_to(
+            source,
+            task,
+            method=method,
+            budget=Budget(steps=steps, minutes=minutes),
+            seed=seed,
+            device=device,
+            precision=_precision(precision),
+            progress=lambda done, total, loss: reporter("adapting", done, total, f"loss {loss:.3f}"),
+        )
+    segmenter.save(out)
+    console.print(f"The adapted model is in {out}")
+
+
+@app.command()
+def predict(
+    model: ModelFolder,
+    inputs: Annotated[list[Path], typer.Argument(help="Scans and folders of scans.")],
+    out: Out,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Segment again what is there already.")] = False,
+    device: Device = "cpu",
+    precision: Precision = "float32",
+) -> None:
+    """Segment scans and folders of scans, each on its own grid.
+
+    Example: medmeta predict kidney scans --out segmented
+    """
+    from medmeta.console import Reporter
+    from medmeta.prediction import predict as predict_all
+
+    segmenter = _segmenter(model)
+    with Reporter(console) as reporter:
+        results = predict_all(
+            segmenter,
+            inputs,
+            out,
+            overwrite=overwrite,
+            progress=lambda done, total: reporter("segmenting", done, total),
+            device=device,
+            precision=_precision(precision),
+        )
+    failed = [result for result in results if result.status == "failed"]
+    for result in failed:
+        _line(f"failed: {result.scan}: {result.reason}")
+    kept = sum(result.status == "kept" for result in results)
+    _line(f"{len(results) - len(failed) - kept} segmented, {kept} there already, {len(failed)} failed; all in {out}")
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def evaluate(
+    reference: Annotated[Path, typer.Option("--reference", help="Folder of reference label maps.")],
+    prediction: Annotated[Path, typer.Option("--prediction", help="Folder of predicted label maps.")],
+    json: Annotated[Path | None, typer.Option("--json", help="Write every case here too.")] = None,
+    target: Targets = None,
+    tolerance: Annotated[float, typer.Option(help="Of surface Dice, in mm.")] = 2.0,
+) -> None:
+    """Compare two folders of label maps: Dice, surface Dice, HD95, missed organs.
+
+    Example: medmeta evaluate --reference labels --prediction segmented
+    """
+    from medmeta.console import Reporter
+    from medmeta.evaluate import evaluate_folders
+
+    with Reporter(console) as reporter:
+        evaluation = evaluate_folders(
+            reference,
+            prediction,
+            targets=_targets(target),
+            tolerance_mm=tolerance,
+            progress=lambda done, total: reporter("comparing", done, total),
+        )
+    if json:
+        evaluation.to_json(json)
+    console.print(evaluation_table(evaluation))
+    for file, reason in evaluation.failures:
+        _line(f"not scored: {file}: {reason}")
+    raise typer.Exit(1 if evaluation.failures else 0)
+
+
+@app.command()
+def benchmark(
+    config: Annotated[Path, typer.Argument(help="YAML config; configs/hold_out_*.yaml are examples.")],
+    out: Out,
+    set_: Changes = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    device: Device = "cpu",
+) -> None:
+    """Compare ways to learn on an organ that none of them saw: same scans, same adaptation budget.
+
+    Example: medmeta benchmark configs/hold_out_hippocampus.yaml --out runs/hippocampus
+    """
+    from medmeta.benchmark import markdown_table, run_arms
+    from medmeta.config import BenchmarkConfig, load_config
+    from medmeta.console import Reporter
+
+    settings = load_config(BenchmarkConfig, config, set_ or ())
+    task = settings.held_out_task()
+    plans = {name: settings.recipe(phases) for name, phases in settings.arms.items()}
+    _resumable(out, resume)
+    with Reporter(console) as reporter:
+        steps = {phase.name: phase.schedule.steps for plan in plans.values() for phase in plan.phases}
+        rows = run_arms(
+            plans, task, settings.trial, out, device=device, progress=reporter, trials=reporter.trial,
+            log=reporter.row(steps),
+        )  # fmt: skip
+    console.print(markdown_table(rows, list(plans)), markup=False)
+    console.print(f"Every case, the models and the curves are in {out}")
+
+
+@app.command()
+def info(model: ModelFolder) -> None:
+    """What a model is, what it was trained on, and under which terms.
+
+    Example: medmeta info kidney
+    """
+    from medmeta.segmenter import as_model, load
+
+    loaded = load(model)
+    base = as_model(loaded)
+    net = base.learner.net
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    _line(f"{model}: {'adapted' if loaded is not base else 'meta-learned'}; learner {base.learner.name}, network "
+          f"{net.spec['name']}, {parameters:,} parameters")  # fmt: skip
+    for task in base.card.get("training_tasks", []):
+        _line(
+            f"  trained on {task['name']} ({task['modality']}, {task['patients']} patients): "
+            f"{', '.join(task['targets'])}. Terms: {task['terms'] or 'not stated'}"
+        )
+    if loaded is not base:
+        _line(f"  adapted to {', '.join(loaded.targets)} from {loaded.card.get('support_scans')} scans")
+        _line(f"  working grid {loaded.preprocess.spacing} mm, {loaded.preprocess.modality}, patch {loaded.patch}")
+    _line("Not a medical device.")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from medmeta import __version__
+
+        console.print(f"medmeta {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def evaluation_table(evaluation):
+    """The summary of an evaluation, a row for each target."""
+    from rich.table import Table
+
+    table = Table()
+    for name in ("target", "cases", "Dice", "95 % interval", "surface Dice", "HD95 (mm)", "missed", "invented"):
+        table.add_column(name, justify="left" if name == "target" else "right")
+    summary = evaluation.summary()
+    for name, entry in [*summary["targets"].items(), ("all", summary["overall"])]:
+        low, high = entry["dice"]["interval"]
+        table.add_row(
+            name,
+            str(entry["n"]),
+            f"{entry['dice']['mean']:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{entry['surface_dice']['mean']:.3f}",
+            f"{entry['hd95_mm']['mean']:.1f}",
+            str(entry["missed"]),
+            str(entry["invented"]),
+        )
+    return table
+
+
+def _line(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _targets(given: Sequence[str] | None) -> dict[str, tuple[int, ...]] | None:
+    if not given:
+        return None
+    targets = {}
+    for text in given:
+        name, _, values = text.partition("=")
+        try:
+            targets[name.strip()] = tuple(int(value) for value in values.split(","))
+        except ValueError as error:
+            raise InputError(f"--target {text}", "no NAME=1,2", "a name and whole label values") from error
+    return targets
+
+
+def _precision(name: str):
+    import torch
+
+    if name not in ("float32", "bfloat16"):
+        raise InputError("--precision", name, "float32 or bfloat16")
+    return getattr(torch, name)
+
+
+def _model(folder: Path) -> Model | Segmenter:
+    from medmeta.segmenter import load
+
+    return load(folder)
+
+
+def _segmenter(folder: Path) -> Segmenter:
+    from medmeta.segmenter import Segmenter
+
+    loaded = _model(folder)
+    if not isinstance(loaded, Segmenter):
+        raise InputError(folder, "a model that was not adapted", "an adapted model", "Run `medmeta adapt` first.")
+    return loaded
+
+
+def _resumable(out: Path, resume: bool) -> None:
+    if out.exists() and any(out.iterdir()) and not resume:
+        raise InputError(out, "an earlier run", "a new folder, or --resume", "Add --resume to go on with it.")
+
+
+def _demo_progress(reporter):
+    def tell(what: str, done: int, total: int) -> None:
+        if ", draw " in what:
+            reporter.trial(what, done, total)
+        else:
+            reporter(what, done, total)
+
+    return tell
+
+
+def main() -> None:
+    """Entry point of the `medmeta` command."""
+    try:
+        app()
+    except MedmetaError as error:
+        Console(stderr=True).print(f"medmeta: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except (ValueError, FloatingPointError) as error:
+        Console(stderr=True).print(f"medmeta: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
