@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# The suite runs on several workers: one thread each is faster than all of them fighting over the cores.
+torch.set_num_threads(1)
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
