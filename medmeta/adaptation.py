@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from medmeta.data.store import StoredCase, StoredTask, fit_preprocess, prepare
 from medmeta.data.tasks import Task, pair_folders
 from medmeta.data.volume import read_channels, read_labels
 from medmeta.episode import Examples, State
+from medmeta.errors import InputError
 from medmeta.learners import MetaLearner
 from medmeta.losses import dice_cross_entropy
 from medmeta.segmenter import Model, Segmenter, as_model
@@ -73,15 +74,29 @@ def adapt_to(
         progress: called with (step, steps, loss).
 
     Raises:
-        InputError: a scan or label map cannot be used; the message names the file.
+        InputError: a scan or label map cannot be used, or no scan holds a target; the message names file or folder.
         ValueError: an unknown method.
+        FloatingPointError: the loss is no longer finite.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r}; required: one of {', '.join(METHODS)}")
     model = as_model(model)
     support = prepare_support(task, model.voxels, stride=model.learner.net.stride)
+    _require_targets(task, support)
+    started = time.monotonic()
     state = adapt_prepared(model.learner, support, method, budget, seed, device, precision, progress)
-    return make_segmenter(model, task, support, state, {"method": method, "seed": seed, "steps": budget.steps})
+    how = {"method": method, "seed": seed, **(asdict(budget) if method == "finetune" else {})}
+    return make_segmenter(model, task, support, state, {**how, "seconds": round(time.monotonic() - started, 1)})
+
+
+def _require_targets(task: Task, support: StoredTask) -> None:
+    # A class that no scan holds would be learned as "never", without a word.
+    present = {label for case in support.cases for label in case.places}
+    for name, values in task.targets.items():
+        if not any(set(atom) <= set(values) for number, atom in enumerate(task.atoms, start=1) if number in present):
+            found = f"no voxel of {name} = {list(values)} in any of the {len(support.cases)} label maps"
+            remedy = "Label it in one scan, or leave the target out."
+            raise InputError(task.labelled.cases[0].labels.parent, found, "each target in a support scan", remedy)
 
 
 def adapt(
@@ -120,8 +135,11 @@ def support_task(
     task = pair_folders(images, labels, targets=targets or {"any": (1,)}, modality=modality or "MR")
     if targets is None:
         values = {value for case in task.cases for value in read_labels(case.labels).data.unique().tolist()} - {0}
+        if not values:
+            remedy = "Label an organ, or name other folders."
+            raise InputError(labels, "only background", "a label above 0 in some label map", remedy)
         found = {f"label {value}": (value,) for value in sorted(values)}
-        task = pair_folders(images, labels, targets=found or {"any": (1,)}, modality=task.modality)
+        task = pair_folders(images, labels, targets=found, modality=task.modality)
     if modality is None:
         task = replace(task, modality=guess_modality(task))
     return task
@@ -129,7 +147,7 @@ def support_task(
 
 def guess_modality(task: Task) -> Literal["CT", "MR"]:
     """CT where every scan reaches below -50, as fat and air do in HU and MR signal does not; MR otherwise."""
-    lowest = [float(read_channels(case.images).data.nan_to_num().min()) for case in task.cases]
+    lowest = [float(read_channels(case.images).data.nan_to_num(0.0, 0.0, 0.0).min()) for case in task.cases]
     return "CT" if max(lowest) < -50 else "MR"
 
 
@@ -192,8 +210,13 @@ def adapt_prepared(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(state.values()), 5.0)
         optimiser.step()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss is {value} at step {step + 1}; required: a finite loss. Adapt in float32 or at a lower rate"
+            )
         if progress:
-            progress(step + 1, budget.steps, float(loss.detach()))
+            progress(step + 1, budget.steps, value)
     return _to_cpu(state)
 
 

@@ -17,7 +17,7 @@ from medmeta.data.store import StoredTask, read_case
 from medmeta.data.tasks import Case, Task
 from medmeta.episode import IGNORED
 from medmeta.errors import InputError
-from medmeta.evaluate import bootstrap_interval, score_masks
+from medmeta.evaluate import score_masks
 from medmeta.files import read_json, replacing, write_json
 from medmeta.recipe import Progress, Recipe, train_recipe, untrained
 from medmeta.report import curves_over_adaptation, learning_curves
@@ -169,15 +169,19 @@ def summarise(results: Sequence[Result], targets: Sequence[str], seed: int = 0) 
     rows = []
     for (arm, shots, steps), members in groups.items():
         cases = [case for member in members for case in member["cases"]]
-        means = {key: _case_means(cases, targets, key) for key in ("dice", "surface_dice")}
+        # (draws, cases); every draw is scored on the same cases.
+        dice, surface = (
+            np.array([[_mean(case[name][key] for name in targets) for case in member["cases"]] for member in members])
+            for key in ("dice", "surface_dice")
+        )
         rows.append(
             {
                 "arm": arm,
                 "shots": shots,
                 "steps": steps,
-                "dice": statistics.fmean(means["dice"]),
-                "interval": bootstrap_interval(means["dice"], seed),
-                "surface_dice": statistics.fmean(means["surface_dice"]),
+                "dice": float(np.nanmean(dice)),
+                "interval": nested_interval(dice, seed),
+                "surface_dice": float(np.nanmean(surface)),
                 "by_target": {name: _mean(case[name]["dice"] for case in cases) for name in targets},
                 "missed": sum(case[name]["missed"] for case in cases for name in targets),
                 "scored": len(cases) * len(targets),
@@ -187,9 +191,20 @@ def summarise(results: Sequence[Result], targets: Sequence[str], seed: int = 0) 
     return rows
 
 
-def _case_means(cases: Sequence[dict[str, Any]], targets: Sequence[str], key: str) -> list[float]:
-    means = [_mean(case[name][key] for name in targets) for case in cases]
-    return [mean for mean in means if mean == mean]
+def nested_interval(values: np.ndarray, seed: int = 0, samples: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of a mean, resampling draws and within them cases.
+
+    Args:
+        values: (draws, cases); NaN where a case has no score.
+        seed: of the resampling.
+        samples: resamplings.
+    """
+    rng = np.random.default_rng(seed)
+    draws, cases = values.shape
+    rows = rng.integers(draws, size=(samples, draws, 1))
+    columns = rng.integers(cases, size=(samples, 1, cases))
+    low, high = np.nanpercentile(np.nanmean(values[rows, columns], axis=(1, 2)), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _mean(values: Iterable[float | None]) -> float:

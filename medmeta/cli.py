@@ -6,17 +6,29 @@ Exit codes: 0 all well; 1 done, with problems listed; 2 the call is unusable, no
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from medmeta.arguments import (
+    Changes,
+    Device,
+    ModelFolder,
+    Out,
+    Precision,
+    Seed,
+    Targets,
+    read_precision,
+    read_targets,
+    require_resumable,
+    require_writable,
+)
 from medmeta.errors import InputError, MedmetaError
 
 if TYPE_CHECKING:
-    from medmeta.segmenter import Model, Segmenter
+    from medmeta.segmenter import Segmenter
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,14 +36,6 @@ app = typer.Typer(
     help="Segment a new organ from 1 to 10 labelled CT or MR scans. For research; not a medical device.",
 )
 console = Console()
-
-Out = Annotated[Path, typer.Option("--out", help="New folder for what is made.")]
-Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same result.")]
-Targets = Annotated[list[str] | None, typer.Option("--target", metavar="NAME=1,2", help="A structure and its values.")]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the config.")]
-ModelFolder = Annotated[Path, typer.Argument(help="Model folder that train or adapt wrote.")]
-Precision = Annotated[str, typer.Option("--precision", help="float32, or bfloat16 where the processor has it.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")]
 
 
 @app.command()
@@ -41,14 +45,14 @@ def demo(out: Out = Path("medmeta-demo"), seed: Seed = 0) -> None:
     Example: medmeta demo --out story
     """
     from medmeta.console import Reporter
-    from medmeta.demo import phases, run_demo
+    from medmeta.demo import Plan, run_demo
     from medmeta.report import dice_table
 
-    steps = {phase.name: phase.schedule.steps for plan in phases().values() for phase in plan}
+    steps = {phase.name: phase.schedule.steps for phases in Plan().arms().values() for phase in phases}
     with Reporter(console) as reporter:
         result = run_demo(out, seed=seed, progress=_demo_progress(reporter), log=reporter.row(steps))
     console.print(dice_table(result))
-    console.print(f"{result['seconds']['all']:.0f} s. Pictures, models and result.json are in {out}")
+    _line(f"{result['seconds']['all']:.0f} s. Pictures, models and result.json are in {out}")
 
 
 @app.command()
@@ -69,7 +73,7 @@ def phantoms(
         made = write_phantoms(
             folder, tasks=tasks, cases=cases, seed=seed, progress=lambda d, n: reporter("writing", d, n)
         )
-    console.print(f"{len(made)} tasks in {folder}")
+    _line(f"{len(made)} tasks in {folder}")
 
 
 @app.command()
@@ -87,6 +91,7 @@ def check(
     from medmeta.data.check import check_path, summarise
     from medmeta.files import write_json
 
+    require_writable(json)
     scans = 0
     with Reporter(console) as reporter:
 
@@ -95,7 +100,7 @@ def check(
             scans = total
             reporter("reading", done, total)
 
-        findings = check_path(path, root=root, targets=_targets(target), progress=progress)
+        findings = check_path(path, root=root, targets=read_targets(target), progress=progress)
     summary = summarise(findings, scans)
     for finding in findings:
         _line(f"{finding.severity}: {finding.file}: {finding.problem}: {finding.message}")
@@ -125,15 +130,14 @@ def train(
 
     settings = load_config(TrainConfig, config, set_ or ())
     recipe = settings.recipe()
-    _resumable(out, resume)
+    require_resumable(out, resume)
     with Reporter(console) as reporter:
         steps = {phase.name: phase.schedule.steps for phase in recipe.phases}
         model, history = train_recipe(recipe, out, device=device, progress=reporter, log=reporter.row(steps))
-    if not (out / "model").exists():
-        model.save(out / "model")
+    model.save(out / "model", overwrite=True)
     write_json(out / "history.json", history)
     learning_curves(history, out / "learning.png")
-    console.print(f"The model is in {out / 'model'}, its learning curve in {out / 'learning.png'}")
+    _line(f"The model is in {out / 'model'}, its learning curve in {out / 'learning.png'}")
 
 
 @app.command()
@@ -153,18 +157,20 @@ def adapt(
 ) -> None:
     """Adapt a model to a new organ from a few labelled scans.
 
+    The output layer gets one row per class, the input layer one slice per channel, both grown from the learned ones.
+
     Example: medmeta adapt model --images scans --labels labels --target kidney=2,3 --out kidney
     """
     from medmeta.adaptation import Budget, adapt_to, support_task
     from medmeta.console import Reporter
-    from medmeta.segmenter import refuse_existing
+    from medmeta.segmenter import load, refuse_existing
 
     if modality not in (None, "CT", "MR"):
         raise InputError("--modality", modality, "CT or MR")
     refuse_existing(out)
-    source = _model(model)
-    task = support_task(images, labels, targets=_targets(target), modality=modality)
-    console.print(f"{len(task.cases)} scans, {task.modality}, {', '.join(task.targets)}", markup=False)
+    source = load(model)
+    task = support_task(images, labels, targets=read_targets(target), modality=modality)
+    _line(f"{len(task.cases)} scans, {task.modality}, {', '.join(task.targets)}")
     with Reporter(console) as reporter:
         segmenter = adapt_to(
             source,
@@ -173,18 +179,18 @@ def adapt(
             budget=Budget(steps=steps, minutes=minutes),
             seed=seed,
             device=device,
-            precision=_precision(precision),
+            precision=read_precision(precision),
             progress=lambda done, total, loss: reporter("adapting", done, total, f"loss {loss:.3f}"),
         )
     segmenter.save(out)
-    console.print(f"The adapted model is in {out}")
+    _line(f"The adapted model is in {out}")
 
 
 @app.command()
 def predict(
     model: ModelFolder,
     inputs: Annotated[list[Path], typer.Argument(help="Scans and folders of scans.")],
-    out: Out,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the label maps; made when missing.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Segment again what is there already.")] = False,
     device: Device = "cpu",
     precision: Precision = "float32",
@@ -205,7 +211,7 @@ def predict(
             overwrite=overwrite,
             progress=lambda done, total: reporter("segmenting", done, total),
             device=device,
-            precision=_precision(precision),
+            precision=read_precision(precision),
         )
     failed = [result for result in results if result.status == "failed"]
     for result in failed:
@@ -230,11 +236,12 @@ def evaluate(
     from medmeta.console import Reporter
     from medmeta.evaluate import evaluate_folders
 
+    require_writable(json)
     with Reporter(console) as reporter:
         evaluation = evaluate_folders(
             reference,
             prediction,
-            targets=_targets(target),
+            targets=read_targets(target),
             tolerance_mm=tolerance,
             progress=lambda done, total: reporter("comparing", done, total),
         )
@@ -242,7 +249,8 @@ def evaluate(
         evaluation.to_json(json)
     console.print(evaluation_table(evaluation))
     for file, reason in evaluation.failures:
-        _line(f"not scored: {file}: {reason}")
+        _line(f"problem: {file}: {reason}")
+    _line(f"{len({row['case'] for row in evaluation.rows})} cases scored, {len(evaluation.failures)} problems")
     raise typer.Exit(1 if evaluation.failures else 0)
 
 
@@ -258,14 +266,16 @@ def benchmark(
 
     Example: medmeta benchmark configs/hold_out_hippocampus.yaml --out runs/hippocampus
     """
-    from medmeta.benchmark import markdown_table, run_arms
+    from medmeta.benchmark import draw_supports, markdown_table, run_arms
     from medmeta.config import BenchmarkConfig, load_config
     from medmeta.console import Reporter
 
     settings = load_config(BenchmarkConfig, config, set_ or ())
     task = settings.held_out_task()
     plans = {name: settings.recipe(phases) for name, phases in settings.arms.items()}
-    _resumable(out, resume)
+    # More scans than patients: known now, not after the training.
+    draw_supports(task, settings.trial)
+    require_resumable(out, resume)
     with Reporter(console) as reporter:
         steps = {phase.name: phase.schedule.steps for plan in plans.values() for phase in plan.phases}
         rows = run_arms(
@@ -273,7 +283,7 @@ def benchmark(
             log=reporter.row(steps),
         )  # fmt: skip
     console.print(markdown_table(rows, list(plans)), markup=False)
-    console.print(f"Every case, the models and the curves are in {out}")
+    _line(f"Every case, the models and the curves are in {out}")
 
 
 @app.command()
@@ -296,7 +306,10 @@ def info(model: ModelFolder) -> None:
             f"{', '.join(task['targets'])}. Terms: {task['terms'] or 'not stated'}"
         )
     if loaded is not base:
-        _line(f"  adapted to {', '.join(loaded.targets)} from {loaded.card.get('support_scans')} scans")
+        _line(
+            f"  adapted to {', '.join(loaded.targets)} from {loaded.card.get('support_scans')} scans, "
+            f"channels {', '.join(loaded.channels)}. Terms: {loaded.card.get('support_terms') or 'not stated'}"
+        )
         _line(f"  working grid {loaded.preprocess.spacing} mm, {loaded.preprocess.modality}, patch {loaded.patch}")
     _line("Not a medical device.")
 
@@ -345,45 +358,13 @@ def _line(text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _targets(given: Sequence[str] | None) -> dict[str, tuple[int, ...]] | None:
-    if not given:
-        return None
-    targets = {}
-    for text in given:
-        name, _, values = text.partition("=")
-        try:
-            targets[name.strip()] = tuple(int(value) for value in values.split(","))
-        except ValueError as error:
-            raise InputError(f"--target {text}", "no NAME=1,2", "a name and whole label values") from error
-    return targets
-
-
-def _precision(name: str):
-    import torch
-
-    if name not in ("float32", "bfloat16"):
-        raise InputError("--precision", name, "float32 or bfloat16")
-    return getattr(torch, name)
-
-
-def _model(folder: Path) -> Model | Segmenter:
-    from medmeta.segmenter import load
-
-    return load(folder)
-
-
 def _segmenter(folder: Path) -> Segmenter:
-    from medmeta.segmenter import Segmenter
+    from medmeta.segmenter import Segmenter, load
 
-    loaded = _model(folder)
+    loaded = load(folder)
     if not isinstance(loaded, Segmenter):
         raise InputError(folder, "a model that was not adapted", "an adapted model", "Run `medmeta adapt` first.")
     return loaded
-
-
-def _resumable(out: Path, resume: bool) -> None:
-    if out.exists() and any(out.iterdir()) and not resume:
-        raise InputError(out, "an earlier run", "a new folder, or --resume", "Add --resume to go on with it.")
 
 
 def _demo_progress(reporter):
@@ -397,15 +378,21 @@ def _demo_progress(reporter):
 
 
 def main() -> None:
-    """Entry point of the `medmeta` command."""
+    """Entry point of the `medmeta` command: what the user or the machine can be blamed for is one line."""
     try:
         app()
-    except MedmetaError as error:
-        Console(stderr=True).print(f"medmeta: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except (ValueError, FloatingPointError) as error:
-        Console(stderr=True).print(f"medmeta: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror or error}" if error.filename else str(error))
+    except (MedmetaError, ValueError, FloatingPointError, RuntimeError, MemoryError) as error:
+        _fail(str(error) or type(error).__name__)
+
+
+def _fail(message: str) -> None:
+    line = " ".join(message.split())
+    Console(stderr=True).print(f"medmeta: {line}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

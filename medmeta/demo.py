@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from medmeta.adaptation import Budget, adapt_to
 from medmeta.benchmark import Trial, by_steps, compare, draw_supports, summarise
-from medmeta.data.phantoms import write_phantoms
+from medmeta.data.phantoms import phantom_task, write_phantoms
 from medmeta.data.tasks import load_task
 from medmeta.data.volume import read_channels, read_labels
 from medmeta.evaluate import evaluate_folders
@@ -23,31 +24,60 @@ from medmeta.report import CT_WINDOW, Panel, curves_over_adaptation, learning_cu
 from medmeta.segmenter import refuse_existing
 from medmeta.train import Row, Schedule
 
-ORGANS, PATIENTS, SUPPORT, TEST = 7, 10, 3, 6
-NETWORK = {"name": "se_unet_3d", "options": {"channels": [12, 24, 48]}}
-VOXELS = 24**3
-LENGTHS = (5, 20, 60)
+NETWORK = {"name": "se_unet_3d", "options": {"channels": [16, 32, 64]}}
+COMPACT = ("lobed", "superquadric")
+"""Families of organs that three scans can teach; tubes, shells and pairs want more."""
 
 
-def phases() -> dict[str, tuple[Phase, ...]]:
-    """The arms of the demo: both begin with the same pre-training, then go on for about as long as each other."""
-    plain = EpisodeSettings(shots=2, queries=2)
-    pretrain = Phase("pretrain", "transfer", Schedule(250, rate=3e-3, validate_every=50), episodes=plain)
-    further = Phase("pretrain further", "transfer", Schedule(160, rate=1.5e-3, validate_every=40), episodes=plain)
-    meta = Phase(
-        "meta",
-        "maml",
-        Schedule(60, rate=1.5e-3, episodes_per_step=1, validate_every=20),
-        options={"inner_steps": 2, "inner_rate": 0.1},
-        episodes=EpisodeSettings(shots=2, queries=2, mirror=True),
-    )
-    return {"transfer": (pretrain, further), "meta": (pretrain, meta)}
+@dataclass(frozen=True)
+class Plan:
+    """How large the demo is.
+
+    Args:
+        organs: phantom tasks; one of them is held out.
+        patients: scans of each.
+        support: scans to adapt to.
+        test: scans that are segmented and scored.
+        steps: lengths of the adaptation.
+        pretrain_steps: steps of multi-task pre-training.
+        meta_steps: steps of meta-learning after that.
+        voxels: patch budget in voxels.
+    """
+
+    organs: int = 7
+    patients: int = 10
+    support: int = 3
+    test: int = 6
+    steps: tuple[int, ...] = (5, 20, 60)
+    pretrain_steps: int = 400
+    meta_steps: int = 40
+    voxels: int = 24**3
+
+    def arms(self) -> dict[str, tuple[Phase, ...]]:
+        """Plain transfer is multi-task pre-training; meta-learning goes on from there."""
+        pretrain = Phase(
+            "pretrain",
+            "transfer",
+            Schedule(
+                self.pretrain_steps, rate=3e-3, episodes_per_step=2, validate_every=max(1, self.pretrain_steps // 5)
+            ),
+            episodes=EpisodeSettings(shots=1, queries=1),
+        )
+        meta = Phase(
+            "meta",
+            "fomaml",
+            Schedule(self.meta_steps, rate=5e-4, episodes_per_step=1, validate_every=max(1, self.meta_steps // 4)),
+            options={"inner_steps": 6, "inner_rate": 3e-3, "inner_optimiser": "adam"},
+            episodes=EpisodeSettings(shots=2, queries=2, mirror=True),
+        )
+        return {"transfer": (pretrain,), "meta": (pretrain, meta)}
 
 
 def run_demo(
     out: str | Path,
     *,
     seed: int = 0,
+    plan: Plan = Plan(),
     progress: Progress | None = None,
     log: Callable[[Row], None] | None = None,
 ) -> dict[str, Any]:
@@ -57,6 +87,7 @@ def run_demo(
         out: a new or empty folder; gets `phantoms/`, `model/`, `adapted/`, `segmented/`, `result.json` and the pictures
             `learning.png`, `adaptation.png` and `montage.png`.
         seed: of the phantoms and the training.
+        plan: how large.
         progress: called with (what, done, total).
         log: called with each row of the training history.
 
@@ -72,28 +103,29 @@ def run_demo(
     tell = progress or (lambda what, done, total: None)
     folders = write_phantoms(
         out / "phantoms",
-        tasks=ORGANS,
-        cases=PATIENTS,
+        tasks=plan.organs,
+        cases=plan.patients,
         seed=seed,
         progress=lambda done, total: tell("writing phantoms", done, total),
     )
-    *training, new = (load_task(folder) for folder in folders)
+    tasks = [load_task(folder) for folder in folders]
+    new = tasks.pop(next(index for index in range(plan.organs) if phantom_task(index, seed).family in COMPACT))
     seconds = {"phantoms": time.monotonic() - started}
     arms, histories = {}, {}
-    for name, plan in phases().items():
-        recipe = Recipe(tuple(training), plan, NETWORK, VOXELS, seed, validation_episodes=12, precision="bfloat16")
+    for name, phases in plan.arms().items():
+        recipe = Recipe(tuple(tasks), phases, NETWORK, plan.voxels, seed, validation_episodes=12, precision="bfloat16")
         arms.setdefault("scratch", untrained(recipe))
         arms[name], histories[name] = train_recipe(recipe, out / "training", progress=progress, log=log)
         seconds[name] = arms[name].card["seconds"]
     arms["meta"].save(out / "model")
     learning_curves(histories["meta"], out / "learning.png")
-    trial = Trial(shots=(SUPPORT,), steps=LENGTHS, draws=1, test_patients=TEST, rate=3e-3, seed=seed)
+    trial = Trial((plan.support,), plan.steps, draws=1, test_patients=plan.test, rate=3e-3, seed=seed)
     results = compare(arms, new, trial, out / "trials", precision=torch.bfloat16, progress=progress)
     rows = summarise(results, list(new.targets), seed)
     result = {
         "task": new.name,
-        "support_scans": SUPPORT,
-        "test_scans": TEST,
+        "support_scans": plan.support,
+        "test_scans": plan.test,
         "dice": by_steps(rows, "dice"),
         "interval": by_steps(rows, "interval"),
         "seconds": seconds,
@@ -110,8 +142,8 @@ def run_demo(
 def _segment(model, task, trial: Trial, out: Path, seed: int) -> None:
     """Adapt as a user would, segment the test scans from their files, score the folder, draw some."""
     test, supports = draw_supports(task, trial)
-    support = task.of_patients(supports[0][:SUPPORT])
-    budget = Budget(steps=max(LENGTHS), rate=trial.rate)
+    support = task.of_patients(supports[0][: trial.shots[0]])
+    budget = Budget(steps=max(trial.steps), rate=trial.rate)
     segmenter = adapt_to(model, support, budget=budget, seed=seed, precision=torch.bfloat16)
     segmenter.save(out / "adapted")
     predict(segmenter, [case.images[0] for case in test.cases], out / "segmented")

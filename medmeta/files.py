@@ -69,6 +69,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], facts: Mappin
 
     with replacing(path) as beside:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, beside, facts)
+        # On disk before it takes the old one's place, so that a machine that goes down leaves one of the two whole.
+        with open(beside, "rb+") as written:
+            os.fsync(written.fileno())
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -22,8 +22,10 @@ def dice_cross_entropy(logits: Tensor, mask: Tensor, *, smooth: float = 1.0) -> 
         smooth: voxels added to numerator and denominator of the Dice term.
 
     Returns:
-        A scalar.
+        A scalar, in float32 or wider.
     """
+    # Counts of voxels and near-equal losses are lost in the 8 bits of a bfloat16, which autocast leaves on the CPU.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     counted = mask != IGNORED
     target = functional.one_hot(mask.clamp(min=0), logits.shape[1]).movedim(-1, 1).to(logits.dtype)
     weight = counted.unsqueeze(1).to(logits.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from medmeta.data.volume import Volume, is_volume, read_channels, volume_suffix, write_volume
+from medmeta.data.volume import Volume, is_volume, read_channels, read_labels, volume_suffix, write_volume
 from medmeta.errors import InputError
 from medmeta.files import write_json
 from medmeta.segmenter import Segmenter
@@ -29,7 +29,7 @@ class Prediction:
         status: "done", "kept" (it was there already) or "failed".
         reason: why it failed.
         volumes_ml: volume of each structure in ml.
-        seconds: of reading, segmenting and writing.
+        seconds: of reading, segmenting and writing; 0 for what was kept.
     """
 
     scan: Path
@@ -51,8 +51,11 @@ def predict(
 ) -> list[Prediction]:
     """Segment scans and folders of scans; label maps go to `out` under the names of the scans.
 
-    Each label map lies on exactly the grid of its scan, in its format (NIfTI for a DICOM series). A label map that is
-    there already is kept unless `overwrite`, so a run that was stopped goes on where it was.
+    Each label map lies on exactly the grid of its scan, in its format (NIfTI for a DICOM series). A readable label map
+    that is there already is kept unless `overwrite`, so a run that was stopped goes on where it was.
+
+    In a folder, `case_0000.nii.gz` and so on are the channels of one scan where the segmenter takes that many channels,
+    or where every scan has the same ones (nnU-Net's names); elsewhere the digits belong to the name.
 
     Args:
         segmenter: what to segment with.
@@ -63,13 +66,16 @@ def predict(
         options: as of `Segmenter.probabilities`.
 
     Raises:
-        InputError: nothing to segment, two scans of one name, or `out` is a folder of inputs. A scan that cannot be
-            used raises nothing: its `Prediction` says why.
+        InputError: nothing to segment, two scans of one name, or `out` is a folder of inputs or cannot be made. A scan
+            that cannot be used raises nothing: its `Prediction` says why.
     """
     out = Path(out)
     scans = list_scans([inputs] if isinstance(inputs, str | Path) else inputs, len(segmenter.channels))
     _refuse_clashes(scans, out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(out, error.strerror or str(error), "a folder that can be made", "Name another one.") from error
     results = []
     for result in _predict_each(segmenter, scans, out, overwrite, options):
         results.append(result)
@@ -107,14 +113,36 @@ def _scans_of(path: Path, channels: int) -> dict[str, tuple[Path, ...]]:
     files = [file for file in files if is_volume(file)]
     if not files:
         raise InputError(path, "no scans", "files ending in .nii.gz, .nii, .nrrd, .mha or .mhd, or DICOM folders")
-    grouped: dict[str, list[Path]] = {}
-    several = {match[1] for file in files if (match := CHANNEL.fullmatch(_stem(file))) and int(match[2]) > 0}
+    numbered = _channels_in_names([_stem(file) for file in files], channels)
+    scans: dict[str, dict[int, Path]] = {}
     for file in files:
-        match = CHANNEL.fullmatch(_stem(file))
-        # _0000 marks a channel where there are several, or where several are wanted.
-        channel = match is not None and (match[1] in several or channels > 1)
-        grouped.setdefault(match[1] if channel else _stem(file), []).append(file)
-    return {name: tuple(members) for name, members in grouped.items()}
+        match = CHANNEL.fullmatch(_stem(file)) if numbered else None
+        name, number = (match[1], int(match[2])) if match else (_stem(file), 0)
+        if number in scans.setdefault(name, {}):
+            found = f"the name of {scans[name][number].name} again"
+            raise InputError(file, found, "one scan of each name", "Segment them apart.")
+        scans[name][number] = file
+    return {name: _channel_files(name, members) for name, members in scans.items()}
+
+
+def _channels_in_names(stems: Sequence[str], channels: int) -> bool:
+    """Whether the four digits at the end of names are channel numbers or just a part of the name."""
+    numbers: dict[str, set[int]] = {}
+    for match in filter(None, map(CHANNEL.fullmatch, stems)):
+        numbers.setdefault(match[1], set()).add(int(match[2]))
+    highest = max((max(found) for found in numbers.values()), default=0)
+    if channels > 1 and highest < channels:
+        return True
+    # All of them nnU-Net's: patient_0001 to patient_0020 are twenty scans, not one.
+    alike = all(found == set(range(highest + 1)) for found in numbers.values())
+    whole = len(stems) == sum(map(len, numbers.values()))
+    return alike and whole and (highest + 1 == channels or len(numbers) > 1)
+
+
+def _channel_files(name: str, members: dict[int, Path]) -> tuple[Path, ...]:
+    # A channel that is missing is named where it should be, and found missing there when the scan is read.
+    one = next(iter(members.values()))
+    return tuple(members.get(i, one.with_name(f"{name}_{i:04d}{volume_suffix(one)}")) for i in range(max(members) + 1))
 
 
 def _stem(path: Path) -> str:
@@ -123,7 +151,8 @@ def _stem(path: Path) -> str:
 
 def _refuse_clashes(scans: dict[str, tuple[Path, ...]], out: Path) -> None:
     for files in scans.values():
-        if any(file.resolve().parent == out.resolve() for file in files):
+        # A DICOM series is a folder itself.
+        if any(out.resolve() in (file.resolve(), file.resolve().parent) for file in files):
             raise InputError(out, f"the scan {files[0].name} in it", "another folder than that of the scans")
 
 
@@ -133,28 +162,44 @@ def _predict_each(
     for name, files in scans.items():
         suffix = volume_suffix(files[0])
         output = out / f"{name}{'.nii.gz' if suffix in ('', '.mhd') else suffix}"
-        if output.exists() and not overwrite:
-            yield Prediction(files[0], output, "kept")
+        if not overwrite and (kept := _kept(output)):
+            yield Prediction(files[0], output, "kept", "", _volumes(kept, segmenter))
             continue
         started = time.perf_counter()
         try:
-            scan = read_channels(files)
-            if scan.channels != len(segmenter.channels):
-                raise InputError(
-                    files[0],
-                    f"{scan.channels} channels",
-                    f"{len(segmenter.channels)} ({', '.join(segmenter.channels)})",
-                    "Segment with a model that was adapted to such scans.",
-                )
-            if not bool(torch.isfinite(scan.data).any()):
-                raise InputError(files[0], "no finite voxel", "a scan with intensities")
-            labels = segmenter.predict(scan, **options)
+            labels = _segment(segmenter, files, options)
             write_volume(labels, output)
-        except (InputError, OSError, RuntimeError, ValueError, MemoryError) as error:
-            yield Prediction(files[0], None, "failed", " ".join(str(error).split()) or type(error).__name__)
+        except InputError as error:
+            yield Prediction(files[0], None, "failed", str(error).removeprefix(f"{files[0]}: "))
+            continue
+        except Exception as error:  # one bad scan never stops the others, whatever a library makes of it
+            reason = " ".join(str(error).split())[:300]
+            yield Prediction(files[0], None, "failed", f"{type(error).__name__}: {reason}")
             continue
         seconds = round(time.perf_counter() - started, 2)
         yield Prediction(files[0], output, "done", "", _volumes(labels, segmenter), seconds)
+
+
+def _kept(output: Path) -> Volume | None:
+    """The label map of an earlier run; None where there is none that can be read."""
+    try:
+        return read_labels(output) if output.exists() else None
+    except InputError:
+        return None
+
+
+def _segment(segmenter: Segmenter, files: tuple[Path, ...], options: dict[str, Any]) -> Volume:
+    scan = read_channels(files)
+    if scan.channels != len(segmenter.channels):
+        raise InputError(
+            files[0],
+            f"{scan.channels} channels",
+            f"{len(segmenter.channels)} ({', '.join(segmenter.channels)})",
+            "Segment with a model that was adapted to such scans.",
+        )
+    if not bool(torch.isfinite(scan.data).any()):
+        raise InputError(files[0], "NaN or infinity in every voxel", "a scan with intensities", "Export it again.")
+    return segmenter.predict(scan, **options)
 
 
 def _volumes(labels: Volume, segmenter: Segmenter) -> dict[str, float]:

@@ -17,7 +17,7 @@ from medmeta.data.tasks import Task, load_task
 from medmeta.episode import Episode
 from medmeta.errors import InputError
 from medmeta.files import write_json
-from medmeta.learners import LEARNERS, MetaLearner, build_learner
+from medmeta.learners import LEARNERS, MetaLearner, Transfer, build_learner
 from medmeta.networks import SegNet, build_network
 from medmeta.segmenter import Model
 from medmeta.train import Row, Schedule, meta_train
@@ -230,6 +230,9 @@ def _split(task: Task, held_out: int, seed: int) -> tuple[Task, Task]:
 
 def _next_learner(phase: Phase, net: SegNet, before: MetaLearner | None, tasks: Sequence[StoredTask]) -> MetaLearner:
     options = dict(phase.options)
+    if isinstance(before, Transfer) and phase.learner != "transfer":
+        # A meta-learner starts with a head that already tells organs from background.
+        before.settle_head()
     if phase.learner == "transfer":
         options["tasks"] = {task.name: task.classes for task in tasks}
     learner = build_learner(phase.learner, net, **options)

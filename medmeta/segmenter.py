@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,9 +40,9 @@ class Model:
     voxels: int
     card: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the model folder. Raises InputError where something stands already."""
-        _write(folder, self._description("meta-learned"), {WEIGHTS: self.learner.state_dict()})
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the model folder. Raises InputError where something stands already; `overwrite` replaces a model."""
+        _write(folder, self._description("meta-learned"), {WEIGHTS: self.learner.state_dict()}, overwrite)
 
     def _description(self, kind: str) -> dict[str, Any]:
         return {
@@ -78,7 +78,7 @@ class Segmenter:
     patch: tuple[int, int, int]
     card: dict[str, Any] = field(default_factory=dict)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def probabilities(
         self,
         scan: Volume,
@@ -134,10 +134,10 @@ class Segmenter:
     def predict(self, scan: Volume, **options: Any) -> Volume:
         """Label map (1, X, Y, Z) int32 on exactly the scan's grid. Options as of `probabilities`."""
         classes = self.preprocess.inverse_labels(self.probabilities(scan, **options), scan)
-        return Volume(torch.tensor([0, *self.labels], dtype=torch.int32)[classes.long()], scan.affine)
+        return Volume(torch.tensor([0, *self.labels], dtype=torch.int32)[classes.int()], scan.affine)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the model folder. Raises InputError where something stands already."""
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the model folder. Raises InputError where something stands already; `overwrite` replaces a model."""
         adapted = {
             "preprocess": self.preprocess.to_dict(),
             "targets": self.targets,
@@ -147,7 +147,7 @@ class Segmenter:
             "card": self.card,
         }
         description = self.model._description("adapted") | {"adapted": adapted}
-        _write(folder, description, {WEIGHTS: self.model.learner.state_dict(), STATE: self.state})
+        _write(folder, description, {WEIGHTS: self.model.learner.state_dict(), STATE: self.state}, overwrite)
 
 
 def load(folder: str | Path) -> Model | Segmenter:
@@ -164,7 +164,7 @@ def load(folder: str | Path) -> Model | Segmenter:
         found = description.get("format") if isinstance(description, dict) else type(description).__name__
         raise InputError(folder / DESCRIPTION, f"format {found}", f"format {FORMAT}", "Update medmeta.")
     try:
-        tensors = {name: _read_checked(folder / name, digest) for name, digest in description["files"].items()}
+        tensors = {name: _read_checked(folder, name, digest) for name, digest in description["files"].items()}
         net = build_network(description["network"]["name"], **description["network"]["options"])
         learner = build_learner(description["learner"]["name"], net, **description["learner"]["options"])
         learner.load_state_dict(tensors[WEIGHTS])
@@ -172,7 +172,7 @@ def load(folder: str | Path) -> Model | Segmenter:
         if description["kind"] == "meta-learned":
             return model
         adapted = description["adapted"]
-        return Segmenter(
+        segmenter = Segmenter(
             model,
             tensors[STATE],
             Preprocess.from_dict(adapted["preprocess"]),
@@ -182,12 +182,30 @@ def load(folder: str | Path) -> Model | Segmenter:
             tuple(adapted["patch"]),
             adapted["card"],
         )
+        _require_fit(segmenter)
+        return segmenter
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OSError) as error:
+        # torch lists every weight that is missing, over many lines.
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
         raise InputError(
-            folder, f"a description and weights that do not fit ({error})", "a whole model folder", "Copy it again."
+            folder, f"a description and weights that do not fit ({reason})", "a whole model folder", "Copy it again."
         ) from error
+
+
+def _require_fit(segmenter: Segmenter) -> None:
+    """Run the smallest image through it: what does not fit shows now, not after a folder of scans was read."""
+    net = segmenter.model.learner.net
+    if len(segmenter.patch) != 3 or min(segmenter.patch) < 1:
+        raise ValueError(f"patch {segmenter.patch}; required: three sides of at least one voxel")
+    if not segmenter.targets or any(not set(values) for values in segmenter.targets.values()):
+        raise ValueError(f"targets {segmenter.targets}; required: structures with their label values")
+    with torch.no_grad():
+        image = torch.zeros(1, len(segmenter.channels), *[net.stride] * net.spatial_dims)
+        classes = segmenter.model.learner.segment(image, segmenter.state).shape[1] - 1
+    if classes != len(segmenter.labels):
+        raise ValueError(f"{len(segmenter.labels)} label values; required: one for each of {classes} classes")
 
 
 def as_model(thing: Model | Segmenter) -> Model:
@@ -195,8 +213,9 @@ def as_model(thing: Model | Segmenter) -> Model:
     return thing.model if isinstance(thing, Segmenter) else thing
 
 
-def _read_checked(path: Path, digest: str) -> dict[str, Tensor]:
-    if path.name not in (WEIGHTS, STATE):
+def _read_checked(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
+    path = folder / name
+    if name not in (WEIGHTS, STATE):
         raise InputError(path, "an unknown file in the description", f"{WEIGHTS} or {STATE}")
     if not path.is_file():
         raise InputError(path, "no such file", "every file that model.json names", "Copy the model folder again.")
@@ -210,27 +229,46 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(folder: str | Path, description: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _write(
+    folder: str | Path, description: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], overwrite: bool
+) -> None:
     from medmeta import __version__
 
-    folder = Path(folder)
-    refuse_existing(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    place = Path(folder).resolve()
+    if not (overwrite and (place / DESCRIPTION).is_file()):
+        refuse_existing(Path(folder))
+    beside, before = (place.with_name(f".{what}-{uuid.uuid4().hex}") for what in ("writing", "replaced"))
     try:
+        beside.mkdir(parents=True)
         for name, content in tensors.items():
             write_tensors(beside / name, content)
         files = {name: _digest(beside / name) for name in tensors}
         write_json(beside / DESCRIPTION, {"format": FORMAT, "medmeta": __version__, **description, "files": files})
-        beside.chmod(0o755)
-        if folder.is_dir():
-            folder.rmdir()
-        os.rename(beside, folder)
+        if place.is_dir():
+            os.rename(place, before)
+        os.rename(beside, place)
+    except OSError as error:
+        remedy = "Check permissions and free space."
+        raise InputError(folder, error.strerror or str(error), "a folder that can be written", remedy) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        for left in (beside, before):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raise InputError where `folder` holds anything: nothing is overwritten unasked."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(folder, "something that stands there already", "a new or empty folder", "Name another one.")
+    """Raise InputError where `folder` holds anything, since nothing is overwritten unasked, or cannot be made."""
+    required, remedy = "a new or empty folder", "Name another one."
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(folder, "something that stands there already", required, remedy)
+    except OSError as error:
+        raise InputError(folder, error.strerror or str(error), required, remedy) from error
+    refuse_unwritable(folder)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise InputError where a file or folder could not be made: known before the work and not after it."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        found = "no permission to write in" if above.is_dir() else "a file in place of the folder"
+        raise InputError(path, f"{found} {above}", "a place that can be written to", "Name another one.")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -49,7 +49,7 @@ class Schedule:
         episodes_per_step: episodes whose gradients make one step.
         clip: largest global norm of the meta-gradient.
         validate_every: steps between validations.
-        patience: validations without a better Dice after which training stops; None to train to the end.
+        patience: training stops after so many validations in a row without a better Dice; None to train to the end.
         checkpoint_every: steps between checkpoints.
     """
 
@@ -68,6 +68,8 @@ class Schedule:
             raise ValueError(
                 f"{self}; required: steps, episodes_per_step, validate_every, checkpoint_every of 1 or more, rate > 0"
             )
+        if (self.patience is not None and self.patience < 1) or (self.minutes is not None and self.minutes <= 0):
+            raise ValueError(f"{self}; required: patience of 1 or more and minutes > 0, or none")
 
     def progress(self, step: int, seconds: float) -> float:
         """The part of the budget that is used, 0 to 1."""
@@ -82,14 +84,19 @@ class Schedule:
 
 @dataclass
 class _Run:
-    """Everything a checkpoint holds."""
+    """Everything a checkpoint holds, beside the learner and the optimiser."""
 
-    step: int
-    seconds: float
-    best_dice: float
-    since_best: int
-    history: list[Row]
-    best: dict[str, Tensor]
+    step: int = 0
+    seconds: float = 0.0
+    best_dice: float = -1.0
+    since_best: int = 0
+    history: list[Row] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    def finished(self, schedule: Schedule) -> bool:
+        """Whether the budget or the patience is used up."""
+        impatient = schedule.patience is not None and self.since_best >= schedule.patience
+        return impatient or schedule.progress(self.step, self.seconds) >= 1.0
 
 
 def meta_train(
@@ -104,8 +111,9 @@ def meta_train(
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
     log: Callable[[Row], None] | None = None,
+    tensorboard: Path | None = None,
 ) -> list[Row]:
-    """Train a learner in place on episodes; it ends with the parameters of its best validation.
+    """Train a learner in place on episodes; it ends with the parameters of its best validation, in evaluation mode.
 
     Args:
         learner: trained in place.
@@ -118,18 +126,20 @@ def meta_train(
         seed: seeds what is random within a step (dropout), so that a resumed run draws the same.
         device: where to train.
         precision: bfloat16 runs the networks under autocast.
-        log: called with each new row of the history.
+        log: called with each row of the history, those of a resumed run's first part too.
+        tensorboard: a folder; loss, validation_dice and rate of each step are written as scalars to its subfolder
+            `phase`.
 
     Returns:
         The history: rows of phase, step, loss, validation_dice (None between validations), rate, seconds.
 
     Raises:
         InputError: the checkpoint belongs to another learner or cannot be read.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss or its gradient is no longer finite; the learner is as it was before that step.
     """
     learner.to(device)
     optimiser = torch.optim.AdamW(learner.parameters(), lr=schedule.rate, weight_decay=schedule.weight_decay)
-    run = _Run(0, 0.0, -1.0, 0, [], {})
+    run = _Run()
     if checkpoint is not None and checkpoint.exists():
         run = _restore(checkpoint, learner, optimiser)
         for row in run.history:
@@ -137,53 +147,54 @@ def meta_train(
                 log(row)
     validation = [episode.to(device) for episode in validation]
     started = time.monotonic() - run.seconds
-    while schedule.progress(run.step, run.seconds) < 1.0:
-        if schedule.patience is not None and run.since_best > schedule.patience:
-            break
-        rate = schedule.rate_at(schedule.progress(run.step, run.seconds))
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        loss = _step(learner, episodes, schedule, optimiser, run.step, seed, device, precision)
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"loss {loss} at step {run.step} of phase {phase}; required: a finite loss. Lower the rate "
-                f"({schedule.rate}) or the learner's inner rate."
-            )
-        run.step += 1
-        run.seconds = time.monotonic() - started
-        ended = schedule.progress(run.step, run.seconds) >= 1.0
-        dice = None
-        if validation and (run.step % schedule.validate_every == 0 or ended):
-            dice = validation_dice(learner, validation, precision)
-            run.since_best += 1
-            if dice > run.best_dice:
-                run.best_dice, run.since_best = dice, 0
-                run.best = {name: tensor.detach().cpu().clone() for name, tensor in learner.state_dict().items()}
-        row: Row = {"phase": phase, "step": run.step, "loss": loss, "validation_dice": dice, "rate": rate}
-        run.seconds = time.monotonic() - started
-        row["seconds"] = round(run.seconds, 3)
-        run.history.append(row)
-        if log:
-            log(row)
-        if checkpoint is not None and (run.step % schedule.checkpoint_every == 0 or ended):
-            _save(checkpoint, learner, optimiser, run)
+    ended = run.finished(schedule)
+    with _curves(None if ended else tensorboard, phase, run) as plot:
+        while not ended:
+            rate = schedule.rate_at(schedule.progress(run.step, run.seconds))
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            loss, norm = _gradient(learner, episodes, schedule, run.step, seed, device, precision)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise FloatingPointError(
+                    f"loss {loss}, gradient norm {norm} at step {run.step} of phase {phase}; required: finite ones. "
+                    f"Lower the rate ({schedule.rate}) or the learner's inner rate."
+                )
+            optimiser.step()
+            run.step += 1
+            run.seconds = time.monotonic() - started
+            # Decided once, before the validation: a run that ends here has been validated here.
+            ended = run.finished(schedule)
+            dice = None
+            if validation and (run.step % schedule.validate_every == 0 or ended):
+                dice = _validate(learner, validation, precision, run)
+                ended = ended or run.finished(schedule)
+                run.seconds = time.monotonic() - started
+            row: Row = {"phase": phase, "step": run.step, "loss": loss, "validation_dice": dice, "rate": rate}
+            row["seconds"] = round(run.seconds, 3)
+            run.history.append(row)
+            plot(row)
+            if log:
+                log(row)
+            if checkpoint is not None and (run.step % schedule.checkpoint_every == 0 or ended):
+                _save(checkpoint, learner, optimiser, run)
     if run.best:
         learner.load_state_dict(run.best)
+    learner.eval()
     return run.history
 
 
-def _step(
+def _gradient(
     learner: nn.Module,
     episodes: Episodes,
     schedule: Schedule,
-    optimiser: torch.optim.Optimizer,
     step: int,
     seed: int,
     device: torch.device | str,
     precision: torch.dtype,
-) -> float:
+) -> tuple[float, float]:
+    """Leave the clipped meta-gradient of one step in `.grad`; the loss and the gradient's norm before clipping."""
     learner.train()
-    optimiser.zero_grad(set_to_none=True)
+    learner.zero_grad(set_to_none=True)
     total = 0.0
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
@@ -194,9 +205,39 @@ def _step(
                 loss = learner.meta_loss(episode) / schedule.episodes_per_step
             loss.backward()
             total += float(loss.detach())
-    nn.utils.clip_grad_norm_([p for p in learner.parameters() if p.grad is not None], schedule.clip)
-    optimiser.step()
-    return total
+    norm = nn.utils.clip_grad_norm_([p for p in learner.parameters() if p.grad is not None], schedule.clip)
+    return total, float(norm)
+
+
+def _validate(learner: nn.Module, episodes: Sequence[Episode], precision: torch.dtype, run: _Run) -> float:
+    dice = validation_dice(learner, episodes, precision)
+    run.since_best += 1
+    if dice > run.best_dice:
+        run.best_dice, run.since_best = dice, 0
+        run.best = {name: tensor.detach().cpu().clone() for name, tensor in learner.state_dict().items()}
+    return dice
+
+
+@contextmanager
+def _curves(folder: Path | None, phase: str, run: _Run) -> Iterator[Callable[[Row], None]]:
+    """What writes a row for TensorBoard; the rows of a resumed run are written anew in place of those before it."""
+    if folder is None:
+        yield lambda row: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    began = time.time() - run.seconds
+    # The history of the checkpoint is what happened: an earlier part may have gone on after it, or lost its last rows.
+    with SummaryWriter(str(folder / phase), purge_step=1) as writer:
+
+        def plot(row: Row) -> None:
+            for name in ("loss", "validation_dice", "rate"):
+                if row[name] is not None:
+                    writer.add_scalar(name, row[name], row["step"], walltime=began + row["seconds"])
+
+        for row in run.history:
+            plot(row)
+        yield plot
 
 
 def validation_dice(learner: nn.Module, episodes: Sequence[Episode], precision: torch.dtype = torch.float32) -> float:
@@ -238,18 +279,19 @@ def _save(path: Path, learner: nn.Module, optimiser: torch.optim.Optimizer, run:
 def _restore(path: Path, learner: nn.Module, optimiser: torch.optim.Optimizer) -> _Run:
     tensors, facts = read_tensors(path)
     parts: dict[str, dict[str, Tensor]] = {"learner": {}, "best": {}, "optimiser": {}}
-    for name, tensor in tensors.items():
-        part, key = name.split("/", 1)
-        parts[part][key] = tensor
     try:
+        for name, tensor in tensors.items():
+            part, key = name.split("/", 1)
+            parts[part][key] = tensor
+        run = _Run(best=parts["best"], **json.loads(facts["run"]))
         learner.load_state_dict(parts["learner"])
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts["optimiser"].items():
             number, key = name.split("/", 1)
             moments.setdefault(int(number), {})[key] = tensor
         optimiser.load_state_dict(optimiser.state_dict() | {"state": moments})
-        return _Run(best=parts["best"], **json.loads(facts["run"]))
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise InputError(
             path, "a checkpoint of another network or learner", "one of this run", "Name a new output folder."
         ) from error
+    return run

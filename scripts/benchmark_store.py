@@ -2,8 +2,8 @@
 
     python scripts/benchmark_store.py --scans 20 --edge 128
 
-Writes synthetic scans of edge^3 voxels to a temporary folder, prepares them once, and draws patches from 1 scan and from
-all of them. Beside it: reading and preparing the whole scan for each patch, as a loader without a store does.
+Writes synthetic scans of edge^3 voxels to a temporary folder, prepares them once, and draws patches from 1 scan and
+from all of them. Beside it: reading and preparing the whole scan for each patch, as a loader without a store does.
 """
 
 from __future__ import annotations

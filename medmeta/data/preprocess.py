@@ -53,7 +53,7 @@ class Preprocess:
             modality: "CT" or "MR".
 
         Raises:
-            ValueError: no scan, or no foreground in any of them.
+            ValueError: no foreground in any scan, or for CT no finite intensity inside it.
         """
         extents: dict[int, list[float]] = {}
         spacings, inside = [], []
@@ -73,6 +73,9 @@ class Preprocess:
             return cls(modality, spacing)
         # At least 400 HU wide, so that what surrounds the organ keeps its contrast.
         values = torch.cat(inside)
+        values = values[values.isfinite()]
+        if not values.numel():
+            raise ValueError("NaN or infinity in every voxel of the organ; required: finite intensities in HU")
         values = values[:: max(1, values.numel() // 1_000_000)]
         low, high = torch.quantile(values, torch.tensor([0.05, 0.95])).tolist()
         widen = max(0.0, 400.0 - (high - low)) / 2
@@ -100,10 +103,10 @@ class Preprocess:
         return tuple(sides)
 
     def forward(self, scan: Volume) -> Volume:
-        """The scan on the working grid, RAS+, intensities scaled: (C, X, Y, Z) float32."""
+        """The scan on the working grid, RAS+, intensities scaled: (C, X, Y, Z) float32. NaN and infinity count as 0."""
         from monai.transforms import NormalizeIntensity, ScaleIntensityRange
 
-        grid = self._resample(scan.data.float().nan_to_num(), scan.affine)
+        grid = self._resample(scan.data.float().nan_to_num(0.0, 0.0, 0.0), scan.affine)
         if self.window is not None:
             # The window maps to -2..2, about the range that MR has after its own scaling.
             data = ScaleIntensityRange(*self.window, -2.0, 2.0, clip=True)(grid.data)
@@ -116,8 +119,8 @@ class Preprocess:
     def forward_mask(self, mask: Tensor, affine: Tensor, classes: int) -> Tensor:
         """A mask (1, X, Y, Z) of 0..classes, -1 ignored, on the working grid: (X, Y, Z) int8.
 
-        Classes are resampled as probabilities and the largest wins, which keeps thin structures that nearest neighbour
-        drops.
+        Classes are resampled as probabilities, as the image is, and the largest wins. A structure thinner than a
+        working voxel can break.
         """
         best = value = None
         for label in (0, IGNORED, *range(1, classes + 1)):

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from medmeta.data.volume import Volume, grid_difference, read_channels, read_lab
 from medmeta.errors import InputError
 
 FORMAT = 1
+_ARRAYS = ("image", "mask")
 PLACES = 4096
 """Foreground voxels remembered for each class of a scan, so that a patch around a tiny organ is found at once."""
 
@@ -74,7 +76,7 @@ def read_case(task: Task, case: Case) -> tuple[Volume, torch.Tensor]:
     """A labelled scan (C, X, Y, Z) and its mask (1, X, Y, Z) long, checked to fit the task and each other.
 
     Raises:
-        InputError: channels, grids or label values do not fit; the message names the file.
+        InputError: channels, grids or label values do not fit, or no voxel is finite; the message names the file.
     """
     if case.labels is None:
         raise InputError(case.images[0], "no label map", "a labelled scan", "Leave the case out or label it.")
@@ -86,6 +88,8 @@ def read_case(task: Task, case: Case) -> tuple[Volume, torch.Tensor]:
             f"{len(task.channels)} ({', '.join(task.channels)})",
             "Declare the channels of the task, or give one file with all of them.",
         )
+    if not bool(torch.isfinite(scan.data).any()):
+        raise InputError(case.images[0], "NaN or infinity in every voxel", "a scan with intensities", "Leave it out.")
     difference = grid_difference(scan, labels)
     if difference:
         raise InputError(
@@ -104,15 +108,23 @@ def fit_preprocess(task: Task, cases: Sequence[Case] | None = None, *, most: int
         task: gives modality and targets.
         cases: the support scans; all of the task's when None.
         most: scans read at most, evenly spread over the cases.
+
+    Raises:
+        InputError: no scan, one that cannot be used, or none that holds the organ.
     """
     cases = list(task.labelled.cases if cases is None else cases)
+    if not cases:
+        raise InputError(f"task {task.name}", "no labelled scan", "at least one")
     cases = cases[:: max(1, -(-len(cases) // most))]
     try:
         return Preprocess.fit([read_case(task, case) for case in cases], task.modality)
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"task {task.name}", str(error), "a support scan that holds the organ") from error
+        named = "; ".join(f"{name} = {list(values)}" for name, values in task.targets.items())
+        where = cases[0].labels.parent if cases[0].labels else f"task {task.name}"
+        found, _, required = str(error).partition("; required: ")
+        raise InputError(where, f"{found} ({named})", required or "support scans that hold it") from error
 
 
 def prepare(task: Task, case: Case, preprocess: Preprocess) -> StoredCase:
@@ -143,7 +155,10 @@ class Store:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(folder, error.strerror or str(error), "a folder that can be written to") from error
 
     def task(
         self, task: Task, preprocess: Preprocess, *, voxels: int, progress: Callable[[int, int], None] | None = None
@@ -171,16 +186,22 @@ class Store:
         if not place.is_dir():
             self._write(prepare(task, case, preprocess), place)
         # An already prepared scan may be asked for under another name: names come from the case, not from the store.
-        with np.load(place / "places.npz", allow_pickle=False) as saved:
-            places = {int(label): saved[label] for label in saved.files}
-        image, mask = (np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("image", "mask"))
+        try:
+            with np.load(place / "places.npz", allow_pickle=False) as saved:
+                places = {int(label): saved[label] for label in saved.files}
+            image, mask = (np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS)
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            # A full disk or a power cut, not a kill: those leave nothing under this name.
+            raise InputError(
+                place, "a damaged prepared scan", "one as it was written", "Delete this folder: it is made again."
+            ) from error
         return StoredCase(case.id, case.patient, image, mask, places)
 
     def _write(self, prepared: StoredCase, place: Path) -> None:
         beside = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder))
         try:
-            np.save(beside / "image.npy", prepared.image)
-            np.save(beside / "mask.npy", prepared.mask)
+            for name in _ARRAYS:
+                np.save(beside / f"{name}.npy", getattr(prepared, name))
             np.savez(beside / "places.npz", **{str(label): voxels for label, voxels in prepared.places.items()})
             try:
                 os.rename(beside, place)
@@ -204,6 +225,8 @@ class Store:
         for path in (*case.images, case.labels):
             if path is None:
                 raise InputError(case.images[0], "no label map", "a labelled scan")
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            # The slices of a DICOM series, in the order of their names.
+            for part in sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]:
+                with open(part, "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()[:32]

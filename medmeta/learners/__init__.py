@@ -27,7 +27,7 @@ def build_learner(name: str, net: SegNet, **options: object) -> MetaLearner:
         return LEARNERS[name](net, **options)
     except TypeError as error:
         takes = sorted(LEARNERS[name](net).options)
-        raise ValueError(f"learner {name!r} with options {sorted(options)}; required: among {takes}") from error
+        raise ValueError(f"learner {name!r} with options {options} ({error}); required: among {takes}") from error
 
 
 __all__ = ["FOMAML", "LEARNERS", "MAML", "MetaLearner", "Scratch", "Transfer", "build_learner"]

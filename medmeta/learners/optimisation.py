@@ -26,20 +26,29 @@ class MAML(MetaLearner):
         inner_rate: their step size.
         order: 2 differentiates through the steps; 1 is FOMAML, which takes their Jacobian as the identity.
         clip: largest global norm of an inner gradient, None for no limit.
+        inner_optimiser: "sgd" as in the paper, or "adam", the optimiser of the fine-tuning at deployment.
     """
 
     name = "maml"
 
     def __init__(
-        self, net: SegNet, *, inner_steps: int = 3, inner_rate: float = 0.05, order: int = 2, clip: float | None = 10.0
+        self,
+        net: SegNet,
+        *,
+        inner_steps: int = 3,
+        inner_rate: float = 0.05,
+        order: int = 2,
+        clip: float | None = 10.0,
+        inner_optimiser: str = "sgd",
     ) -> None:
         super().__init__(net)
-        if inner_steps < 1 or inner_rate <= 0 or order not in (1, 2):
+        if inner_steps < 1 or inner_rate <= 0 or order not in (1, 2) or inner_optimiser not in ("sgd", "adam"):
             raise ValueError(
-                f"inner_steps={inner_steps}, inner_rate={inner_rate}, order={order}; "
-                "required: at least 1 step, a positive rate, order 1 or 2"
+                f"inner_steps={inner_steps}, inner_rate={inner_rate}, order={order}, inner_optimiser="
+                f"{inner_optimiser!r}; required: at least 1 step, a positive rate, order 1 or 2, sgd or adam"
             )
         self.inner_steps, self.inner_rate, self.order, self.clip = inner_steps, inner_rate, order, clip
+        self.inner_optimiser = inner_optimiser
 
     @property
     def options(self) -> dict[str, object]:
@@ -48,6 +57,7 @@ class MAML(MetaLearner):
             "inner_rate": self.inner_rate,
             "order": self.order,
             "clip": self.clip,
+            "inner_optimiser": self.inner_optimiser,
         }
 
     def adapt(self, support: Examples) -> State:
@@ -57,7 +67,15 @@ class MAML(MetaLearner):
             return dice_cross_entropy(self.net(support.image, parameters), support.mask)
 
         rates = dict.fromkeys(start, self.inner_rate)
-        return descend(objective, start, rates, self.inner_steps, order=self.order, clip=self.clip)
+        return descend(
+            objective,
+            start,
+            rates,
+            self.inner_steps,
+            order=self.order,
+            clip=self.clip,
+            optimiser=self.inner_optimiser,
+        )
 
 
 class FOMAML(MAML):
@@ -66,9 +84,17 @@ class FOMAML(MAML):
     name = "fomaml"
 
     def __init__(
-        self, net: SegNet, *, inner_steps: int = 3, inner_rate: float = 0.05, clip: float | None = 10.0
+        self,
+        net: SegNet,
+        *,
+        inner_steps: int = 3,
+        inner_rate: float = 0.05,
+        clip: float | None = 10.0,
+        inner_optimiser: str = "sgd",
     ) -> None:
-        super().__init__(net, inner_steps=inner_steps, inner_rate=inner_rate, order=1, clip=clip)
+        super().__init__(
+            net, inner_steps=inner_steps, inner_rate=inner_rate, order=1, clip=clip, inner_optimiser=inner_optimiser
+        )
 
     @property
     def options(self) -> dict[str, object]:

@@ -60,6 +60,14 @@ class Transfer(MetaLearner):
         grown = self.net.grow(channels, self.tasks[task])
         return grown | {name: head[f"head_{index}"] for index, name in enumerate(self.net.head_names)}
 
+    @torch.no_grad()
+    def settle_head(self) -> None:
+        """Give the network's own head the mean background row and the mean foreground row of all tasks."""
+        for index, name in enumerate(self.net.head_names):
+            heads = [head[f"head_{index}"] for head in self.heads.values()]
+            rows = [torch.cat([head[:1], head[1:].mean(0, keepdim=True)]) for head in heads]
+            self.net.get_parameter(name).copy_(torch.stack(rows).mean(0))
+
     def adapt(self, support: Examples) -> State:
         with torch.no_grad():
             start = self.start(support.channels, support.classes)
@@ -70,6 +78,8 @@ class Transfer(MetaLearner):
                 optimiser.zero_grad()
                 dice_cross_entropy(self.net(support.image, state), support.mask).backward()
                 optimiser.step()
+                # An autocast around this loop would go on with the weights as it cast them in the first step.
+                torch.clear_autocast_cache()
         return {name: tensor.detach() for name, tensor in state.items()}
 
     def query_logits(self, episode: Episode) -> Tensor:

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from medmeta.config import BenchmarkConfig, TrainConfig, load_config
+from medmeta.data.phantoms import write_phantoms
+from medmeta.errors import InputError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+MINIMAL = {
+    "data": "sets",
+    "tasks": [{"path": "Task01"}],
+    "phases": [{"name": "pretrain", "learner": "transfer", "schedule": {"steps": 3}}],
+}
+
+
+def written(folder: Path, values: object) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid(path):
+    kind = BenchmarkConfig if "arms" in yaml.safe_load(path.read_text()) else TrainConfig
+    assert load_config(kind, path).tasks
+
+
+def test_data_is_relative_to_the_config(tmp_path):
+    assert load_config(TrainConfig, written(tmp_path, MINIMAL)).data == tmp_path.resolve() / "sets"
+
+
+def test_set_reaches_into_lists_and_keys(tmp_path):
+    changes = ["seed=7", "phases.0.schedule.steps=9", "network.options.channels=[4, 8]"]
+    config = load_config(TrainConfig, written(tmp_path, MINIMAL), changes)
+    assert (config.seed, config.phases[0].schedule.steps) == (7, 9)
+    assert config.network.options == {"channels": [4, 8]}
+
+
+@pytest.mark.parametrize(
+    ("values", "changes", "named"),
+    [
+        (MINIMAL | {"sead": 1}, [], "sead"),
+        (MINIMAL | {"tasks": [{"path": "a", "organs": 1}]}, [], "organs"),
+        (MINIMAL | {"phases": [{"name": "a", "learner": "maml", "schedule": {"step": 1}}]}, [], "step"),
+        (MINIMAL | {"precision": "float16"}, [], "precision"),
+        (MINIMAL | {"voxels": 3}, [], "voxels"),
+        (MINIMAL | {"phases": [{"name": "a", "learner": "maml", "schedule": {"steps": 0}}]}, [], "schedule"),
+        ("- a\n- b\n", [], "config.yaml"),
+        ("a: [", [], "YAML"),
+        (MINIMAL, ["seed"], "key=value"),
+        (MINIMAL, ["phases.7.learner=maml"], "7"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, values, changes, named):
+    with pytest.raises(InputError, match=named) as caught:
+        load_config(TrainConfig, written(tmp_path, values), changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_config_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        load_config(TrainConfig, tmp_path / "none.yaml")
+
+
+def test_the_held_out_set_is_not_trained_on(tmp_path):
+    folders = write_phantoms(tmp_path / "sets", tasks=2, cases=2, size_mm=60)
+    values = MINIMAL | {"tasks": [{"path": folders[0].name}], "held_out": {"path": folders[0].name}, "arms": {"a": []}}
+    values.pop("phases")
+    with pytest.raises(InputError, match="not trained on"):
+        load_config(BenchmarkConfig, written(tmp_path, values)).held_out_task()
+    values["held_out"] = {"path": folders[1].name}
+    task = load_config(BenchmarkConfig, written(tmp_path, values)).held_out_task()
+    assert len(task.cases) == 2

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from medmeta.data.phantoms import write_phantoms
+from medmeta.data.tasks import load_task
+from medmeta.errors import InputError
+from medmeta.recipe import EpisodeSettings, Phase, Recipe, train_recipe, untrained
+from medmeta.train import Schedule
+
+QUICK = Schedule(4, episodes_per_step=1, validate_every=2, checkpoint_every=1)
+ONE = EpisodeSettings(shots=1, queries=1)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    folders = write_phantoms(tmp_path_factory.mktemp("phantoms") / "sets", tasks=2, cases=5, size_mm=60)
+    return tuple(load_task(folder) for folder in folders)
+
+
+@pytest.fixture
+def recipe(tasks):
+    phases = (
+        Phase("pretrain", "transfer", QUICK, episodes=ONE),
+        Phase("meta", "maml", QUICK, {"inner_steps": 1}, ONE),
+    )
+    network = {"name": "se_unet_3d", "options": {"channels": [8, 16]}}
+    return Recipe(tasks, phases, network, voxels=16**3, validation_episodes=2)
+
+
+def weights(model):
+    return model.learner.state_dict()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_phases_run_in_order_and_the_card_tells_what_was_done(recipe, tmp_path):
+    model, history = train_recipe(recipe, tmp_path)
+    assert [row["phase"] for row in history] == ["pretrain"] * 4 + ["meta"] * 4
+    assert model.learner.name == "maml"
+    assert [task["name"] for task in model.card["training_tasks"]] == [task.name for task in recipe.tasks]
+    assert all(task["terms"] for task in model.card["training_tasks"])
+    assert not same(weights(model), weights(untrained(recipe)))
+
+
+def test_a_run_killed_in_either_phase_ends_the_same(recipe, tmp_path):
+    whole, _ = train_recipe(recipe, tmp_path / "whole")
+    for stop in (3, 6):
+        seen = []
+
+        def killed(row, stop=stop, seen=seen):
+            seen.append(row)
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+
+        place = tmp_path / f"stopped-{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            train_recipe(recipe, place, log=killed)
+        resumed, history = train_recipe(recipe, place)
+        assert same(weights(resumed), weights(whole))
+        assert len(history) == 8
+
+
+def test_recipes_that_begin_alike_share_that_part(recipe, tmp_path):
+    train_recipe(recipe, tmp_path)
+    first = next((tmp_path / "phases").glob("1-*/checkpoint.safetensors"))
+    before = first.stat().st_mtime_ns
+    other = replace(recipe, phases=(recipe.phases[0], replace(recipe.phases[1], learner="fomaml")))
+    train_recipe(other, tmp_path)
+    assert first.stat().st_mtime_ns == before
+    assert len(list((tmp_path / "phases").glob("2-*"))) == 2
+    assert replace(recipe, seed=1).key(1) != recipe.key(1)
+
+
+def test_a_2d_network_trains_on_slices(recipe, tmp_path):
+    flat = replace(
+        recipe,
+        network={"name": "scse_unet_2d", "options": {"encoder_depth": 3}},
+        phases=(Phase("meta", "fomaml", replace(QUICK, steps=1), {"inner_steps": 1}, ONE),),
+    )
+    model, history = train_recipe(flat, tmp_path)
+    assert model.learner.net.spatial_dims == 2
+    assert len(history) == 1
+
+
+def test_unusable_recipes_are_refused(recipe, tmp_path):
+    with pytest.raises(InputError, match="at least one phase"):
+        train_recipe(replace(recipe, phases=()), tmp_path)
+    with pytest.raises(InputError, match="maml"):
+        train_recipe(replace(recipe, phases=(Phase("a", "mamml", QUICK),)), tmp_path)
+    few = recipe.tasks[0].of_patients(recipe.tasks[0].patients[:3])
+    with pytest.raises(InputError, match="at least 4"):
+        train_recipe(replace(recipe, tasks=(few,)), tmp_path)
