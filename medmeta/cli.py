@@ -133,7 +133,9 @@ def train(
     require_resumable(out, resume)
     with Reporter(console) as reporter:
         steps = {phase.name: phase.schedule.steps for phase in recipe.phases}
-        model, history = train_recipe(recipe, out, device=device, progress=reporter, log=reporter.row(steps))
+        model, history = train_recipe(
+            recipe, out, device=device, tensorboard=True, progress=reporter, log=reporter.row(steps)
+        )
     model.save(out / "model", overwrite=True)
     write_json(out / "history.json", history)
     learning_curves(history, out / "learning.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import tempfile
@@ -20,7 +21,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path`, with its suffix; it takes its place when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".writing-", suffix="".join(path.suffixes[-2:]), dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix="".join(path.suffixes[-2:]), dir=path.parent)
     os.close(handle)
     try:
         yield Path(name)
@@ -31,6 +32,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _prefix(path: Path) -> str:
+    return f".writing-{path.name[:80]}-"
+
+
+def sweep(path: str | Path) -> None:
+    """Remove what killed writers of `path` left beside it. Only for a file that nobody else is writing."""
+    path = Path(path)
+    for left in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
+        left.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -132,6 +132,7 @@ def train_recipe(
     folder: Path,
     *,
     device: torch.device | str = "cpu",
+    tensorboard: bool = False,
     progress: Progress | None = None,
     log: Callable[[Row], None] | None = None,
 ) -> tuple[Model, list[Row]]:
@@ -141,6 +142,7 @@ def train_recipe(
         recipe: what to do.
         folder: gets `store/` (prepared scans) and `phases/` (checkpoints); recipes that begin alike share both.
         device: where to train.
+        tensorboard: write the curves to `tensorboard/` too.
         progress: told how the preparation of scans goes.
         log: called with each row of the history.
 
@@ -177,6 +179,7 @@ def train_recipe(
             seed=recipe.seed,
             device=device,
             precision=precision,
+            tensorboard=folder / "tensorboard" if tensorboard else None,
             log=log,
         )
         write_json(place / "history.json", rows)

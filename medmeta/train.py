@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from medmeta.episode import IGNORED, Episode
 from medmeta.errors import InputError
-from medmeta.files import read_tensors, write_tensors
+from medmeta.files import read_tensors, sweep, write_tensors
 
 
 class Episodes(Protocol):
@@ -127,8 +127,8 @@ def meta_train(
         device: where to train.
         precision: bfloat16 runs the networks under autocast.
         log: called with each row of the history, those of a resumed run's first part too.
-        tensorboard: a folder; loss, validation_dice and rate of each step are written as scalars to its subfolder
-            `phase`.
+        tensorboard: a folder; its subfolder `phase` gets loss, validation_dice and rate of each step as TensorBoard
+            scalars, in place of the event files that lie there.
 
     Returns:
         The history: rows of phase, step, loss, validation_dice (None between validations), rate, seconds.
@@ -140,6 +140,8 @@ def meta_train(
     learner.to(device)
     optimiser = torch.optim.AdamW(learner.parameters(), lr=schedule.rate, weight_decay=schedule.weight_decay)
     run = _Run()
+    if checkpoint is not None:
+        sweep(checkpoint)
     if checkpoint is not None and checkpoint.exists():
         run = _restore(checkpoint, learner, optimiser)
         for row in run.history:
@@ -148,7 +150,7 @@ def meta_train(
     validation = [episode.to(device) for episode in validation]
     started = time.monotonic() - run.seconds
     ended = run.finished(schedule)
-    with _curves(None if ended else tensorboard, phase, run) as plot:
+    with _curves(None if ended or tensorboard is None else tensorboard / phase, run) as plot:
         while not ended:
             rate = schedule.rate_at(schedule.progress(run.step, run.seconds))
             for group in optimiser.param_groups:
@@ -219,16 +221,19 @@ def _validate(learner: nn.Module, episodes: Sequence[Episode], precision: torch.
 
 
 @contextmanager
-def _curves(folder: Path | None, phase: str, run: _Run) -> Iterator[Callable[[Row], None]]:
-    """What writes a row for TensorBoard; the rows of a resumed run are written anew in place of those before it."""
+def _curves(folder: Path | None, run: _Run) -> Iterator[Callable[[Row], None]]:
+    """What writes a row for TensorBoard; the rows before a resumption are written anew."""
     if folder is None:
         yield lambda row: None
         return
     from torch.utils.tensorboard import SummaryWriter
 
+    # The history of the checkpoint is what happened: the part that was killed went on after it, or lost its last rows.
+    for events in folder.glob("events.out.tfevents.*"):
+        events.unlink(missing_ok=True)
     began = time.time() - run.seconds
-    # The history of the checkpoint is what happened: an earlier part may have gone on after it, or lost its last rows.
-    with SummaryWriter(str(folder / phase), purge_step=1) as writer:
+    # A TensorBoard that is open forgets what it showed from step 1 on.
+    with SummaryWriter(str(folder), purge_step=1) as writer:
 
         def plot(row: Row) -> None:
             for name in ("loss", "validation_dice", "rate"):
@@ -288,7 +293,8 @@ def _restore(path: Path, learner: nn.Module, optimiser: torch.optim.Optimizer) -
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts["optimiser"].items():
             number, key = name.split("/", 1)
-            moments.setdefault(int(number), {})[key] = tensor
+            # A copy lies in memory as a fresh one would, which can decide the last bit.
+            moments.setdefault(int(number), {})[key] = tensor.clone()
         optimiser.load_state_dict(optimiser.state_dict() | {"state": moments})
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise InputError(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from medmeta.errors import InputError
-from medmeta.files import read_json, read_tensors, replacing, write_json, write_tensors
+from medmeta.files import read_json, read_tensors, replacing, sweep, write_json, write_tensors
 
 
 def test_replaces_at_the_end_and_keeps_the_suffix(tmp_path) -> None:
@@ -57,6 +57,11 @@ def test_a_kill_leaves_what_was_there(tmp_path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(place)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert place.read_text() == "old"
+    (tmp_path / "b.txt").write_text("another file")
+    with replacing(tmp_path / "b.txt"):
+        assert len(list(tmp_path.iterdir())) == 4
+        sweep(place)
+    assert {file.name for file in tmp_path.iterdir()} == {"a.txt", "b.txt"}
 
 
 def test_json_there_and_back(tmp_path) -> None:

@@ -40,8 +40,9 @@ def same(a, b):
 
 
 def test_phases_run_in_order_and_the_card_tells_what_was_done(recipe, tmp_path):
-    model, history = train_recipe(recipe, tmp_path)
+    model, history = train_recipe(recipe, tmp_path, tensorboard=True)
     assert [row["phase"] for row in history] == ["pretrain"] * 4 + ["meta"] * 4
+    assert {folder.name for folder in (tmp_path / "tensorboard").iterdir()} == {"pretrain", "meta"}
     assert model.learner.name == "maml"
     assert [task["name"] for task in model.card["training_tasks"]] == [task.name for task in recipe.tasks]
     assert all(task["terms"] for task in model.card["training_tasks"])

@@ -243,6 +243,11 @@ def test_the_best_validation_is_kept(tmp_path) -> None:
     assert dice[60] < dice[best]
     assert learner.place.item() == at[best]
     assert validation_dice(learner, PASSING) == dice[best]
+    resumed, options = Passing(), {"validation": PASSING, "checkpoint": tmp_path / "checkpoint.safetensors"}
+    with pytest.raises(Stop):
+        meta_train(resumed, Blobs(), replace(schedule, checkpoint_every=1), log=stop_at(best + 8), **options)
+    meta_train(resumed, Blobs(), schedule, **options)
+    assert same(learner, resumed), "the best was found before the interruption"
 
 
 def test_without_validation_the_last_is_kept() -> None:
@@ -270,7 +275,7 @@ def test_a_budget_of_minutes(tmp_path) -> None:
     schedule = replace(SCHEDULE, steps=10**9, minutes=0.3 / 60, checkpoint_every=10**9, validate_every=10**9)
     rows = train(learner, schedule, checkpoint=place)
     assert rows[-1]["seconds"] >= 0.3
-    assert rows[-2]["seconds"] < 0.3
+    assert rows[-2]["seconds"] <= 0.3
     assert [row["step"] for row in rows if row["validation_dice"] is not None] == [len(rows)]
     assert rows[-1]["rate"] < 0.5 * max(row["rate"] for row in rows)
     assert train(again, schedule, checkpoint=place, episodes=Untouchable()) == rows
@@ -335,6 +340,12 @@ def train_until_killed(folder: Path, seed: int) -> None:
 
     Each attempt is a fork, so that torch is imported once. It tells of each step through a pipe.
     """
+
+    def tell(row: Row) -> None:
+        os.write(writer, f"{row['step']}\n".encode())
+        if row["step"] == SCHEDULE.steps - 1:
+            time.sleep(60)  # never finished, however late the kill
+
     torch.set_num_threads(1)
     moments = random.Random(seed)
     schedule = replace(SCHEDULE, checkpoint_every=1)
@@ -348,7 +359,7 @@ def train_until_killed(folder: Path, seed: int) -> None:
                     schedule,
                     checkpoint=folder / "checkpoint.safetensors",
                     tensorboard=folder / "curves",
-                    log=lambda row, pipe=writer: os.write(pipe, f"{row['step']}\n".encode()),
+                    log=tell,
                 )
             finally:
                 os._exit(1)
@@ -377,6 +388,7 @@ def test_killed_at_any_moment(tmp_path) -> None:
     rows = train(resumed, schedule, checkpoint=place, tensorboard=tmp_path / "curves")
     assert facts(rows) == facts(train(whole, schedule)), f"seed {seed}"
     assert same(whole, resumed), f"seed {seed}"
+    assert {file.name for file in tmp_path.iterdir()} == {place.name, "curves"}, "what killed writers left is swept"
     assert read_curves(tmp_path / "curves" / "meta") == curves_of(rows), f"seed {seed}"
 
 
@@ -453,9 +465,10 @@ def test_tensorboard_shows_the_history_and_nothing_else(tmp_path) -> None:
     with pytest.raises(Stop):
         train(Plain(), checkpoint=place, tensorboard=curves, phase="first", log=stop_at(11))
     rows = train(Plain(), checkpoint=place, tensorboard=curves, phase="first")
-    files = sorted(curves.rglob("*"))
+    files = sorted(curves.rglob("events*"))
+    assert len(files) == 1
     train(Plain(), checkpoint=place, tensorboard=curves, phase="first")
-    assert sorted(curves.rglob("*")) == files, "a finished run writes no curves again"
+    assert sorted(curves.rglob("events*")) == files, "a finished run writes no curves again"
     other = train(Plain(seed=1), tensorboard=curves, phase="second", validation=())
     assert read_curves(curves / "first") == curves_of(rows)
     assert read_curves(curves / "second") == {

@@ -52,8 +52,8 @@ def draw_patch(
 class Augment:
     """Paired augmentation of few scans: the patient's pose for image and mask, the scanner's moods for the image alone.
 
-    Rotation to 15 degrees, scale 0.85 to 1.15 and elastic bending; noise, blur, low resolution, gamma and, for MR,
-    bias field. No mirroring: left and right organs stay what they are.
+    Rotation to 15 degrees, scale 0.85 to 1.15 and shear; noise, blur, low resolution, gamma, brightness, contrast and,
+    for MR, a bias field. No mirroring: left and right organs stay what they are.
 
     Args:
         patch: patch shape in voxels.

@@ -1,0 +1,343 @@
+"""From a few labelled scans to a segmenter: the same every time, whatever the classes and channels, nothing changed."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import like, nifti, phantom, tiny_2d, tiny_model, write_pairs
+
+from medmeta.adaptation import (
+    METHODS,
+    Budget,
+    adapt,
+    adapt_prepared,
+    adapt_to,
+    guess_modality,
+    make_segmenter,
+    prepare_support,
+    support_task,
+)
+from medmeta.data.tasks import Case, Task, pair_folders
+from medmeta.data.volume import Volume, write_volume
+from medmeta.errors import InputError
+from medmeta.losses import dice_cross_entropy
+
+TWO = {"anterior": (1,), "posterior": (2,)}
+
+
+@pytest.fixture(scope="module")
+def support(tmp_path_factory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("support"))
+
+
+@pytest.fixture(scope="module")
+def task(support) -> Task:
+    return support_task(support / "images", support / "labels", targets=TWO)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def finite(state: dict[str, torch.Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) and not tensor.requires_grad for tensor in state.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_seed_decides_and_nothing_else(task, method):
+    model, budget = tiny_model(), Budget(steps=3)
+    first = adapt_to(model, task, method=method, budget=budget, seed=1)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert same(adapt_to(model, task, method=method, budget=budget, seed=1).state, first.state)
+    assert same(adapt_to(tiny_model(), task, method=method, budget=budget, seed=1).state, first.state)
+    assert not same(adapt_to(model, task, method=method, budget=budget, seed=2).state, first.state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("learner", ["maml", "transfer", "scratch"])
+def test_the_learner_is_left_as_it_was(task, learner, method):
+    model = tiny_model(learner)
+    before = {name: tensor.clone() for name, tensor in model.learner.state_dict().items()}
+    global_state = torch.get_rng_state()
+    segmenter = adapt_to(model, task, method=method, budget=Budget(steps=3))
+    assert same(model.learner.state_dict(), before)
+    assert all(parameter.grad is None for parameter in model.learner.parameters())
+    assert all(parameter.requires_grad for parameter in model.learner.parameters())
+    assert torch.equal(torch.get_rng_state(), global_state)
+    assert finite(segmenter.state)
+    held = {tensor.data_ptr() for tensor in model.learner.state_dict().values()}
+    assert not held & {tensor.data_ptr() for tensor in segmenter.state.values()}, "the state is its own"
+
+
+def test_adapting_again_starts_from_the_meta_learned_part(task):
+    model = tiny_model()
+    once = adapt_to(model, task, budget=Budget(steps=2))
+    assert same(adapt_to(once, task, budget=Budget(steps=2)).state, once.state)
+
+
+def test_no_step_is_the_start(task):
+    model = tiny_model()
+    state = adapt_to(model, task, budget=Budget(steps=0)).state
+    assert same(state, {name: tensor.detach() for name, tensor in model.learner.start(1, 2).items()})
+
+
+def test_steps_lower_the_loss(task):
+    model = tiny_model()
+    told = []
+    adapt_to(model, task, budget=Budget(steps=40), progress=lambda *given: told.append(given))
+    assert [(step, steps) for step, steps, _ in told] == [(step, 40) for step in range(1, 41)]
+    losses = [loss for *_, loss in told]
+    assert np.mean(losses[-8:]) < 0.75 * np.mean(losses[:8])
+
+
+def test_a_minute_limit_ends_it(task):
+    told = []
+    budget = Budget(steps=10**6, minutes=0.005)
+    adapt_to(tiny_model(), task, budget=budget, progress=lambda *given: told.append(given))
+    assert 1 <= len(told) < 10**4
+
+
+@pytest.mark.parametrize("budget", [{"steps": -1}, {"rate": 0.0}, {"patches": 0}, {"minutes": 0.0}, {"minutes": -1.0}])
+def test_an_impossible_budget_is_refused(budget):
+    with pytest.raises(ValueError, match="required"):
+        Budget(**budget)
+
+
+def test_an_unknown_method_is_refused(task):
+    with pytest.raises(ValueError, match=r"method 'magic'; required: one of finetune, inner"):
+        adapt_to(tiny_model(), task, method="magic")
+
+
+def test_a_loss_that_is_not_finite_stops_it(task):
+    model = tiny_model()
+    with torch.no_grad():
+        next(model.learner.parameters()).fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 1; required: a finite loss"):
+        adapt_to(model, task, budget=Budget(steps=2))
+
+
+def test_every_scan_comes_up_as_often_as_any_other(support, tmp_path, monkeypatch):
+    drawn = []
+    import medmeta.adaptation as module
+
+    draw = module.draw_patch
+    monkeypatch.setattr(module, "draw_patch", lambda case, *rest: drawn.append(case.id) or draw(case, *rest))
+    write_pairs(tmp_path, cases=(0, 1, 2))
+    task = support_task(tmp_path / "images", tmp_path / "labels", targets=TWO)
+    adapt_to(tiny_model(), task, budget=Budget(steps=3, patches=2))
+    assert [drawn.count(case.id) for case in task.cases] == [2, 2, 2]
+
+
+def test_several_classes_and_what_the_segmenter_says_of_itself(task):
+    segmenter = adapt_to(tiny_model(), task, budget=Budget(steps=2), seed=4)
+    assert segmenter.targets == TWO
+    assert segmenter.labels == (1, 2)
+    assert segmenter.state["head.weight"].shape[0] == 3
+    assert segmenter.preprocess.modality == "CT"
+    card = segmenter.card
+    assert (card["support_scans"], card["method"], card["seed"], card["steps"]) == (2, "finetune", 4, 2)
+    assert all(side % 2 == 0 for side in segmenter.patch), "the network's own stride"
+
+
+def test_two_channels_in_two_files(support, tmp_path):
+    for case in (0, 1):
+        scan, labels = phantom(2, case)
+        for channel, data in enumerate((scan.data, -scan.data)):
+            (tmp_path / "images").mkdir(exist_ok=True)
+            write_volume(like(scan, data), tmp_path / "images" / f"case{case}_{channel:04d}.nii.gz")
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        write_volume(labels, tmp_path / "labels" / f"case{case}.nii.gz")
+    segmenter = adapt(tiny_model(), tmp_path / "images", tmp_path / "labels", budget=Budget(steps=2))
+    assert len(segmenter.channels) == 2
+    assert segmenter.state["body.stem.conv.weight"].shape[1] == 2
+    scan, _ = phantom(2, 2)
+    made = segmenter.predict(like(scan, torch.cat([scan.data, -scan.data])))
+    assert made.shape == scan.shape
+    assert segmenter.targets == {"label 1": (1,), "label 2": (2,)}
+
+
+def test_overlapping_targets_become_exclusive_classes_and_join_again(support):
+    targets = {"whole": (1, 2), "posterior": (2,)}
+    task = support_task(support / "images", support / "labels", targets=targets)
+    assert task.atoms == ((1,), (2,))
+    segmenter = adapt_to(tiny_model(), task, budget=Budget(steps=60, rate=1e-2))
+    made = segmenter.predict(phantom(2, 0)[0]).data
+    assert set(made.unique().tolist()) <= {0, 1, 2}
+    _, truth = phantom(2, 0)
+
+    def dice(values):
+        a, b = (torch.isin(labels, torch.tensor(values)) for labels in (made, truth.data))
+        return 2 * float((a & b).sum()) / float(a.sum() + b.sum())
+
+    assert dice((1, 2)) > 0.5, "the union of what was learned apart"
+    assert segmenter.targets == targets
+
+
+def test_values_of_one_structure_are_one_class(support):
+    task = support_task(support / "images", support / "labels", targets={"whole": (2, 1)})
+    segmenter = adapt_to(tiny_model(), task, budget=Budget(steps=1))
+    assert segmenter.labels == (1,)
+    assert segmenter.state["head.weight"].shape[0] == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_2d_network(task, method):
+    segmenter = adapt_to(tiny_2d(), task, method=method, budget=Budget(steps=2))
+    assert finite(segmenter.state)
+    assert segmenter.predict(phantom(2, 2)[0]).shape == phantom(2, 2)[0].shape
+
+
+def test_bfloat16(task):
+    rough = adapt_to(tiny_model(), task, budget=Budget(steps=3), precision=torch.bfloat16)
+    exact = adapt_to(tiny_model(), task, budget=Budget(steps=3))
+    assert finite(rough.state)
+    assert not same(rough.state, exact.state)
+    assert all(torch.allclose(rough.state[name], exact.state[name], atol=0.02) for name in exact.state)
+
+
+def test_the_steps_are_the_plain_ones_when_written_out(task):
+    """An independent loop over the same patches gives the same weights."""
+    from medmeta.data.sampler import Augment, draw_patch
+
+    model = tiny_model()
+    support = prepare_support(task, model.voxels, stride=2)
+    budget = Budget(steps=3, patches=2, rate=1e-3)
+    made = adapt_prepared(model.learner, support, budget=budget, seed=9)
+    net = model.learner.net
+    state = {name: tensor.detach().clone().requires_grad_() for name, tensor in net.grow(1, 2).items()}
+    optimiser = torch.optim.AdamW(state.values(), lr=1.0, weight_decay=1e-4)
+    augment = Augment(support.patch, support.preprocess.spacing, "CT")
+    for step in range(3):
+        rng = np.random.default_rng([9, 0, step])
+        pairs = [augment(*draw_patch(support.cases[n], support.patch, rng), rng) for n in (0, 1)]
+        images, masks = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        optimiser.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / 3)) / 2
+        optimiser.zero_grad()
+        dice_cross_entropy(net(images, state), masks).backward()
+        torch.nn.utils.clip_grad_norm_(list(state.values()), 5.0)
+        optimiser.step()
+    assert all(torch.allclose(made[name], state[name].detach(), atol=1e-7) for name in made)
+
+
+def test_prepared_support_and_segmenter_equal_the_short_way(task):
+    model, budget = tiny_model(), Budget(steps=2)
+    support = prepare_support(task, model.voxels, stride=2)
+    state = adapt_prepared(model.learner, support, budget=budget)
+    segmenter, short = make_segmenter(model, task, support, state, {}), adapt_to(model, task, budget=budget)
+    assert same(segmenter.state, short.state)
+    assert (segmenter.patch, segmenter.preprocess) == (short.patch, short.preprocess)
+    given = replace(support.preprocess, spacing=(3.0, 3.0, 3.0))
+    assert prepare_support(task, model.voxels, preprocess=given).preprocess == given
+
+
+def test_modality_is_told_from_the_scans(tmp_path):
+    for index, modality in ((2, "CT"), (1, "MR")):
+        folder = write_pairs(tmp_path / modality, index)
+        assert support_task(folder / "images", folder / "labels").modality == modality
+        other = "MR" if modality == "CT" else "CT"
+        assert support_task(folder / "images", folder / "labels", modality=other).modality == other
+
+
+@pytest.mark.parametrize(
+    ("values", "modality"),
+    [
+        ([0.0, 900.0], "MR"),
+        ([-3.0, 3.0], "MR"),
+        ([-1000.0, 2000.0], "CT"),
+        ([math.nan, 500.0], "MR"),
+        ([-math.inf, 500.0], "MR"),
+        ([math.nan, -1024.0], "CT"),
+    ],
+)
+def test_modality_from_intensities(values, modality, tmp_path):
+    path = nifti(tmp_path / "a.nii.gz", np.resize(np.array(values, dtype=np.float32), (3, 3, 3)))
+    task = Task("t", "o", "MR", {"o": (1,)}, (Case("a", "a", (path,), None),))
+    assert guess_modality(task) == modality
+
+
+def copy_of(support: Path, folder: Path) -> Path:
+    shutil.copytree(support, folder)
+    return folder
+
+
+def test_label_maps_of_background_only_are_refused(support, tmp_path):
+    folder = copy_of(support, tmp_path / "s")
+    for case in (0, 1):
+        _, labels = phantom(2, case)
+        write_volume(like(labels, torch.zeros_like(labels.data)), folder / "labels" / f"case{case}.nii.gz")
+    with pytest.raises(InputError, match=r"labels: found only background"):
+        adapt(tiny_model(), folder / "images", folder / "labels")
+    with pytest.raises(InputError, match=r"labels: found no foreground in any support scan \(liver = \[1\]\)"):
+        adapt(tiny_model(), folder / "images", folder / "labels", targets={"liver": (1,)})
+
+
+def test_one_organ_of_two_that_no_support_scan_holds_is_refused(support, tmp_path):
+    targets = {"anterior": (1,), "posterior": (2,), "spleen": (3,), "whole": (1, 2, 3)}
+    with pytest.raises(InputError, match=r"labels: found no voxel of spleen = \[3\] in any of the 2 label maps"):
+        adapt(tiny_model(), support / "images", support / "labels", targets=targets)
+    folder = copy_of(support, tmp_path / "s")
+    _, labels = phantom(2, 0)
+    write_volume(like(labels, labels.data.clamp(max=1)), folder / "labels" / "case0.nii.gz")
+    segmenter = adapt(tiny_model(), folder / "images", folder / "labels", targets=TWO, budget=Budget(steps=1))
+    assert segmenter.labels == (1, 2), "one scan that holds it is enough"
+
+
+def test_unlabelled_and_unpaired_scans(support, tmp_path, task):
+    extra = replace(task, cases=(*task.cases, Case("new", "new", task.cases[0].images, None)))
+    budget = Budget(steps=1)
+    model = tiny_model()
+    assert same(adapt_to(model, extra, budget=budget).state, adapt_to(model, task, budget=budget).state)
+    with pytest.raises(InputError, match="no labelled scan"):
+        adapt_to(model, replace(task, cases=extra.cases[-1:]), budget=budget)
+    folder = copy_of(support, tmp_path / "s")
+    (folder / "labels" / "case1.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"images without labels: case1\.nii\.gz"):
+        adapt(model, folder / "images", folder / "labels", targets=TWO)
+
+
+def test_a_nan_scan_is_refused_and_a_few_nan_voxels_are_not(support, tmp_path):
+    folder = copy_of(support, tmp_path / "s")
+    scan, _ = phantom(2, 0)
+    hurt = scan.data.clone()
+    hurt[:, :5] = math.nan
+    write_volume(like(scan, hurt), folder / "images" / "case0.nii.gz")
+    segmenter = adapt(tiny_model(), folder / "images", folder / "labels", targets=TWO, budget=Budget(steps=2))
+    assert finite(segmenter.state)
+    write_volume(like(scan, torch.full_like(hurt, math.nan)), folder / "images" / "case0.nii.gz")
+    with pytest.raises(InputError, match=r"case0\.nii\.gz: found NaN"):
+        adapt(tiny_model(), folder / "images", folder / "labels", targets=TWO)
+
+
+def test_a_scan_of_a_few_voxels(tmp_path):
+    scan = Volume(torch.rand(1, 3, 4, 2) * 300, torch.eye(4, dtype=torch.float64))
+    labels = like(scan, (scan.data > 150).to(torch.int16))
+    for name, volume in (("images", scan), ("labels", labels)):
+        (tmp_path / name).mkdir()
+        write_volume(volume, tmp_path / name / "a.mha")
+    segmenter = adapt(tiny_model(), tmp_path / "images", tmp_path / "labels", budget=Budget(steps=2))
+    assert finite(segmenter.state)
+    assert segmenter.predict(scan).shape == (3, 4, 2)
+
+
+def test_pairing_is_that_of_the_tasks(support, task):
+    paired = pair_folders(support / "images", support / "labels", targets=TWO, modality="CT")
+    assert (paired.cases, paired.targets, paired.modality) == (task.cases, task.targets, task.modality)
+
+
+def test_a_real_set_from_one_scan(shared_data, tmp_path):
+    source = shared_data / "Task04_Hippocampus"
+    name = sorted(path.name for path in (source / "labelsTr").iterdir() if not path.name.startswith("."))[0]
+    for ours, theirs in (("images", "imagesTr"), ("labels", "labelsTr")):
+        (tmp_path / ours).mkdir()
+        shutil.copy(source / theirs / name, tmp_path / ours / name)
+    segmenter = adapt(tiny_model(), tmp_path / "images", tmp_path / "labels", budget=Budget(steps=3))
+    assert segmenter.preprocess.modality == "MR"
+    assert segmenter.labels == (1, 2)
+    assert finite(segmenter.state)

@@ -1,0 +1,318 @@
+"""Models as folders: what is saved is what is loaded; what was changed, cut short or mixed up is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small import TERMS, phantom, tiny_2d, tiny_model, tree, write_pairs
+
+from medmeta.adaptation import Budget, adapt
+from medmeta.data.preprocess import Preprocess
+from medmeta.data.volume import Volume, grid_difference, read_header, write_volume
+from medmeta.errors import InputError
+from medmeta.segmenter import DESCRIPTION, STATE, WEIGHTS, Model, Segmenter, as_model, load, refuse_existing
+
+
+@pytest.fixture(scope="module")
+def support(tmp_path_factory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("support"))
+
+
+@pytest.fixture(scope="module")
+def segmenter(support) -> Segmenter:
+    targets = {"anterior": (1,), "posterior": (2,)}
+    return adapt(tiny_model(), support / "images", support / "labels", targets=targets, budget=Budget(steps=5))
+
+
+@pytest.fixture
+def saved(segmenter, tmp_path) -> Path:
+    segmenter.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_adapted_model_loads_as_it_was_saved(segmenter, saved):
+    loaded = load(saved)
+    assert isinstance(loaded, Segmenter)
+    assert same(loaded.state, segmenter.state)
+    assert same(loaded.model.learner.state_dict(), segmenter.model.learner.state_dict())
+    for name in ("preprocess", "targets", "labels", "channels", "patch"):
+        assert getattr(loaded, name) == getattr(segmenter, name), name
+    assert loaded.card["support_scans"] == 2
+    assert loaded.model.card == segmenter.model.card
+    assert (loaded.model.voxels, loaded.model.learner.options) == (16**3, segmenter.model.learner.options)
+    scan = phantom(2, 2)[0]
+    assert torch.equal(loaded.probabilities(scan).data, segmenter.probabilities(scan).data)
+    assert torch.equal(loaded.predict(scan).data, segmenter.predict(scan).data)
+
+
+@pytest.mark.parametrize("learner", ["maml", "fomaml", "transfer", "scratch"])
+def test_a_meta_learned_model_loads_as_it_was_saved(learner, tmp_path):
+    model = tiny_model(learner)
+    model.save(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert isinstance(loaded, Model)
+    assert type(loaded.learner) is type(model.learner)
+    assert same(loaded.learner.state_dict(), model.learner.state_dict())
+    assert loaded.card["training_tasks"][0]["terms"] == TERMS
+    assert not loaded.learner.training
+    assert as_model(loaded) is loaded
+
+
+def test_nothing_pickled_and_readable_by_all(saved):
+    assert sorted(path.name for path in saved.iterdir()) == sorted([DESCRIPTION, WEIGHTS, STATE])
+    description = json.loads((saved / DESCRIPTION).read_text(encoding="utf-8"))
+    assert description["format"] == 1
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o777 & ~mask
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask for path in saved.iterdir())
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name], "no leftovers"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, STATE, DESCRIPTION])
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(InputError, match=r"no such file") as caught:
+        load(saved)
+    assert str(saved / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, STATE])
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_file_is_named(saved, name, damage):
+    whole = (saved / name).read_bytes()
+    (saved / name).write_bytes(whole[:-100] if damage == "truncated" else whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(InputError, match="other bytes than were written") as caught:
+        load(saved)
+    assert str(saved / name) in str(caught.value)
+
+
+def changed(folder: Path, **changes) -> None:
+    """Change entries of model.json; a double underscore goes one level down."""
+    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    for key, value in changes.items():
+        place = description
+        *path, last = key.split("__")
+        for part in path:
+            place = place[part]
+        if value is ...:
+            del place[last]
+        else:
+            place[last] = value
+    (folder / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"format": 99}, "format 99"),
+        ({"format": ...}, "format None"),
+        ({"voxels": ...}, "no 'voxels'"),
+        ({"kind": "something"}, None),
+        ({"files": {}}, r"no 'weights\.safetensors'"),
+        ({"files": {"../elsewhere/weights.safetensors": "0"}}, "an unknown file"),
+        ({"network__name": "resnet"}, "'resnet'"),
+        ({"network__options__channels": [8, 32]}, "do not fit"),
+        ({"network__options__colour": 1}, "'colour'"),
+        ({"learner__name": "oracle"}, "'oracle'"),
+        ({"learner__options": {"bogus": 1}}, "bogus"),
+        ({"adapted__labels": [1]}, "1 label values"),
+        ({"adapted__labels": [1, 2, 3]}, "3 label values"),
+        ({"adapted__channels": ["a", "b"]}, "2 channels"),
+        ({"adapted__targets": {}}, "targets"),
+        ({"adapted__patch": [8, 8]}, r"patch \(8, 8\)"),
+        ({"adapted__preprocess": {"zoom": 1}}, "zoom"),
+        ({"adapted": ...}, "no 'adapted'"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(saved, changes, found):
+    changed(saved, **changes)
+    if changes == {"kind": "something"}:
+        load(saved)  # what is not "meta-learned" carries a task
+        return
+    with pytest.raises(InputError, match=found) as caught:
+        load(saved)
+    assert str(saved) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff"])
+def test_a_description_that_is_not_json_is_refused(saved, text):
+    (saved / DESCRIPTION).write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=DESCRIPTION):
+        load(saved)
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for name in ("absent", "file", "."):
+        with pytest.raises(InputError):
+            load(tmp_path / name)
+
+
+def test_nothing_is_overwritten_unasked(segmenter, saved):
+    before = tree(saved)
+    for model in (segmenter, segmenter.model):
+        with pytest.raises(InputError, match="stands there already"):
+            model.save(saved)
+    assert tree(saved) == before
+    segmenter.model.save(saved, overwrite=True)
+    assert isinstance(load(saved), Model)
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+    foreign = saved.parent / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter.tex").write_text("years of work")
+    with pytest.raises(InputError, match="stands there already"):
+        segmenter.save(foreign, overwrite=True)
+    (saved.parent / "file").write_text("x")
+    with pytest.raises(InputError, match="stands there already"):
+        segmenter.save(saved.parent / "file")
+
+
+def test_an_error_while_saving_leaves_what_was_there(segmenter, saved, monkeypatch):
+    before = tree(saved)
+    monkeypatch.setattr("medmeta.segmenter.write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(InputError, match="No space left"):
+        segmenter.save(saved, overwrite=True)
+    with pytest.raises(InputError, match="No space left"):
+        segmenter.save(saved.parent / "second")
+    assert tree(saved) == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_an_empty_folder_and_folders_to_make_are_fine(segmenter, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    segmenter.save(tmp_path / "empty")
+    segmenter.save(tmp_path / "a" / "b" / "c")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    segmenter.save(".")
+    for name in ("empty", "a/b/c", "here"):
+        assert isinstance(load(tmp_path / name), Segmenter)
+
+
+def test_a_place_that_cannot_be_made_is_known_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file"):
+        refuse_existing(tmp_path / "file" / "model")
+    with pytest.raises(InputError):
+        refuse_existing(Path("/proc/1/model") if os.geteuid() else tmp_path / "file" / "a" / "b")
+    refuse_existing(tmp_path / "new" / "model")
+
+
+@pytest.mark.parametrize("case", [0, 3])
+def test_the_label_map_lies_on_the_grid_of_the_scan(segmenter, case, tmp_path):
+    scan, _ = phantom(2, case)
+    assert scan.orientation != "RAS"
+    made = segmenter.predict(scan)
+    assert made.shape == scan.shape
+    assert torch.equal(made.affine, scan.affine)
+    assert made.data.dtype == torch.int32
+    assert set(made.data.unique().tolist()) <= {0, 1, 2}
+    write_volume(made, tmp_path / "labels.nii.gz")
+    write_volume(scan, tmp_path / "scan.nii.gz")
+    assert grid_difference(read_header(tmp_path / "labels.nii.gz"), read_header(tmp_path / "scan.nii.gz")) is None
+
+
+def test_probabilities_are_probabilities_and_decide_the_labels(segmenter):
+    scan, _ = phantom(2, 3)
+    scores = segmenter.probabilities(scan)
+    assert scores.channels == 3
+    assert torch.allclose(scores.data.sum(dim=0), torch.ones(scores.shape), atol=1e-4)
+    assert scores.orientation == "RAS"
+    brought_back = segmenter.preprocess.inverse(scores, scan).data.argmax(dim=0)
+    assert torch.equal(segmenter.predict(scan).data[0], torch.tensor([0, *segmenter.labels])[brought_back].int())
+    # Plain tensors that may be worked on.
+    scores.data.mul_(2)
+    assert not scores.data.requires_grad
+
+
+def test_predicting_changes_nothing(segmenter):
+    before = {name: tensor.clone() for name, tensor in segmenter.model.learner.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in segmenter.state.items()}
+    scan, _ = phantom(2, 2)
+    image = scan.data.clone()
+    first = segmenter.predict(scan)
+    assert torch.equal(segmenter.predict(scan).data, first.data)
+    assert same(segmenter.model.learner.state_dict(), before)
+    assert same(segmenter.state, state)
+    assert torch.equal(scan.data, image)
+
+
+def test_label_values_are_those_of_the_targets(segmenter):
+    scan, _ = phantom(2, 2)
+    values = replace(segmenter, labels=(7, 40000)).predict(scan).data
+    classes = segmenter.predict(scan).data
+    assert torch.equal(values == 7, classes == 1)
+    assert torch.equal(values == 40000, classes == 2)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 40, 1), (5, 5, 5), (3, 90, 4)])
+def test_scans_smaller_than_the_window_and_flat_ones(segmenter, shape):
+    scan = Volume(torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)) * 100, phantom(2, 0)[0].affine)
+    assert segmenter.predict(scan).shape == shape
+
+
+def test_a_scan_with_other_channels_is_refused(segmenter):
+    scan, _ = phantom(2, 2)
+    with pytest.raises(ValueError, match=r"2 channels; required: 1 \(image\)"):
+        segmenter.predict(Volume(torch.cat([scan.data, scan.data]), scan.affine))
+
+
+def test_windows_do_not_decide_the_result():
+    """A network whose logits depend on the voxel alone gives the same probabilities however windows are laid."""
+    model = tiny_model("scratch")
+
+    class Threshold(type(model.learner)):
+        def segment(self, image, state):
+            return torch.cat([-image[:, :1], image[:, :1]], dim=1) * state["scale"]
+
+    learner = Threshold(model.learner.net)
+    scan, _ = phantom(2, 0)
+    whole, small = (
+        Segmenter(replace(model, learner=learner), {"scale": torch.tensor(3.0)}, Preprocess("MR", (2.0, 2.0, 4.0)),
+                  {"a": (1,)}, (1,), ("image",), patch)
+        for patch in ((64, 64, 64), (8, 16, 8))
+    )  # fmt: skip
+    assert torch.allclose(whole.probabilities(scan).data, small.probabilities(scan, overlap=0.5).data, atol=1e-5)
+    expected = (whole.preprocess.forward(scan).data[0] * 6).sigmoid()
+    assert torch.allclose(whole.probabilities(scan).data[1], expected, atol=1e-5)
+
+
+def test_bfloat16_gives_nearly_the_same(segmenter):
+    scan, _ = phantom(2, 2)
+    exact = segmenter.probabilities(scan).data
+    rough = segmenter.probabilities(scan, precision=torch.bfloat16).data
+    assert rough.dtype == torch.float32
+    assert 0 < float((exact - rough).abs().max()) < 0.1
+
+
+def test_a_2d_network_takes_the_same_way(support, tmp_path):
+    targets = {"anterior": (1,), "posterior": (2,)}
+    flat = adapt(tiny_2d(), support / "images", support / "labels", targets=targets, budget=Budget(steps=2))
+    flat.save(tmp_path / "flat")
+    scan, _ = phantom(2, 3)
+    made = load(tmp_path / "flat").predict(scan)
+    assert torch.equal(made.data, flat.predict(scan).data)
+    assert made.shape == scan.shape
+    # Slices are segmented one by one: what another slice holds does not matter.
+    working = flat.preprocess.forward(scan)
+    upside = Volume(working.data.flip(3), working.affine)
+    alone = replace(flat, preprocess=_Untouched())
+    assert torch.allclose(alone.probabilities(working).data, alone.probabilities(upside).data.flip(3), atol=1e-4)
+
+
+class _Untouched:
+    def forward(self, scan: Volume) -> Volume:
+        return scan
