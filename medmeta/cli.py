@@ -28,6 +28,9 @@ from medmeta.arguments import (
 from medmeta.errors import InputError, MedmetaError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from medmeta.evaluate import Evaluation
     from medmeta.segmenter import Segmenter
 
 app = typer.Typer(
@@ -69,10 +72,8 @@ def phantoms(
     from medmeta.console import Reporter
     from medmeta.data.phantoms import write_phantoms
 
-    with Reporter(console) as reporter:
-        made = write_phantoms(
-            folder, tasks=tasks, cases=cases, seed=seed, progress=lambda d, n: reporter("writing", d, n)
-        )
+    with Reporter(console) as show:
+        made = write_phantoms(folder, tasks=tasks, cases=cases, seed=seed, progress=lambda d, n: show("writing", d, n))
     _line(f"{len(made)} tasks in {folder}")
 
 
@@ -284,7 +285,7 @@ def benchmark(
             plans, task, settings.trial, out, device=device, progress=reporter, trials=reporter.trial,
             log=reporter.row(steps),
         )  # fmt: skip
-    console.print(markdown_table(rows, list(plans)), markup=False)
+    _line(markdown_table(rows, list(plans)))
     _line(f"Every case, the models and the curves are in {out}")
 
 
@@ -333,26 +334,23 @@ def _options(
     pass
 
 
-def evaluation_table(evaluation):
+def evaluation_table(evaluation: Evaluation) -> Table:
     """The summary of an evaluation, a row for each target."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table()
-    for name in ("target", "cases", "Dice", "95 % interval", "surface Dice", "HD95 (mm)", "missed", "invented"):
-        table.add_column(name, justify="left" if name == "target" else "right")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("target", overflow="fold")
+    for name in ("cases", "Dice", "95 % interval", "surface Dice", "HD95 (mm)", "missed", "invented"):
+        table.add_column(name, justify="right", no_wrap=" " not in name or "%" in name)
     summary = evaluation.summary()
     for name, entry in [*summary["targets"].items(), ("all", summary["overall"])]:
         low, high = entry["dice"]["interval"]
-        table.add_row(
-            name,
-            str(entry["n"]),
-            f"{entry['dice']['mean']:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            f"{entry['surface_dice']['mean']:.3f}",
-            f"{entry['hd95_mm']['mean']:.1f}",
-            str(entry["missed"]),
-            str(entry["invented"]),
-        )
+        figures = (entry[key]["mean"] for key in ("dice", "surface_dice", "hd95_mm"))
+        dice, surface, hd95 = (f"{value:.{digits}f}" for value, digits in zip(figures, (3, 3, 1), strict=True))
+        cases, missed, invented = (str(entry[key]) for key in ("n", "missed", "invented"))
+        table.add_row(escape(name), cases, dice, f"{low:.2f} to {high:.2f}", surface, hd95, missed, invented)
     return table
 
 

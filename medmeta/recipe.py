@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from medmeta.data.manifests import find_manifest
 from medmeta.data.sampler import EpisodeSampler
 from medmeta.data.store import Store, StoredTask, fit_preprocess
 from medmeta.data.tasks import Task, load_task
@@ -28,7 +29,8 @@ class TaskSource:
     """Where a task lies and what of it is used.
 
     Args:
-        path: a Decathlon or nnU-Net folder or a manifest, relative to the data root.
+        path: a Decathlon or nnU-Net folder below the data root, or the name of a manifest in `data_manifests/` with
+            ".yaml", whose folder lies below the data root.
         name: another name than its own.
         organ: another organ than its own.
         targets: structure -> label values; every label of the set when None.
@@ -47,8 +49,10 @@ class TaskSource:
 
     def load(self, root: Path) -> Task:
         """The task, from below `root`."""
+        manifest = self.path.endswith(".yaml")
         task = load_task(
-            root / self.path,
+            find_manifest(self.path.removesuffix(".yaml")) if manifest else root / self.path,
+            root=root if manifest else None,
             targets=self.targets,
             ignored=self.ignored,
             patient_pattern=self.patient_pattern,

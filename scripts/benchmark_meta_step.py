@@ -2,10 +2,10 @@
 
     python scripts/benchmark_meta_step.py --size 64 --repeats 7 --threads 2
 
-Everything runs alternately in one process, round after round, and medians are given, so that a busy machine slows all
-rows alike. Support and query are of the same size as the batch of the plain pass. The floor is what the passes of a
-meta-step cost if nothing came on top: 3K + 1 for K inner steps of second order (forward, backward, and the backward of
-both, then the query), K + 1 of first order.
+Everything runs alternately in one process, a plain pass before each meta-step, and medians are given, so that a busy
+machine slows all rows alike; --cpu-time does not count the time others take at all. Support and query are of the same
+size as the batch of the plain pass. The floor is what the passes of a meta-step cost if nothing came on top: 3K + 1 for
+K inner steps of second order (forward, backward, and the backward of both, then the query), K + 1 of first order.
 
 Memory is the peak of what the tensors of a step take, above what stood before it (the network, the batch).
 """
@@ -44,6 +44,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 3, 5], help="inner steps")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of this process instead of the clock's")
     parser.add_argument("--short", action="store_true", help="tiny networks, one inner step: only shows that it runs")
     arguments = parser.parse_args(given)
     if arguments.short:
@@ -60,7 +61,9 @@ def main(given: Sequence[str] | None = None) -> None:
     for name in arguments.networks:
         net = build_network(name, seed=0, **(SHORT if arguments.short else OPTIONS)[name]).to(arguments.device)
         size = [arguments.size] * 3 if net.spatial_dims == 3 else [4 * arguments.size] * 2
-        measure(name, net, draw_episode(arguments.batch, size).to(arguments.device), arguments.steps, arguments.repeats)
+        episode = draw_episode(arguments.batch, size).to(arguments.device)
+        clock = time.process_time if arguments.cpu_time else time.perf_counter
+        measure(name, net, episode, arguments.steps, arguments.repeats, clock)
 
 
 def draw_episode(batch: int, size: Sequence[int]) -> Episode:
@@ -73,10 +76,13 @@ def draw_episode(batch: int, size: Sequence[int]) -> Episode:
     return Episode("noise", draw(), draw())
 
 
-def measure(name: str, net: SegNet, episode: Episode, inner_steps: Sequence[int], repeats: int) -> None:
+def measure(
+    name: str, net: SegNet, episode: Episode, inner_steps: Sequence[int], repeats: int, clock: Callable[[], float]
+) -> None:
     """Print the rows of one network: the plain pass first."""
-    steps: dict[str, Step] = {"forward + backward": lambda: plain_pass(net, episode.query)}
-    floors = {"forward + backward": 1}
+    plain_row = "forward + backward"
+    steps: dict[str, Step] = {plain_row: lambda: plain_pass(net, episode.query)}
+    floors = {plain_row: 1}
     for order in (2, 1):
         for count in inner_steps:
             row = f"order {order}, K = {count}"
@@ -85,19 +91,22 @@ def measure(name: str, net: SegNet, episode: Episode, inner_steps: Sequence[int]
             floors[row] = (3 if order == 2 else 1) * count + 1
     device = episode.query.image.device
     seconds: dict[str, list[float]] = {row: [] for row in steps}
+    meta_rows = [row for row in steps if row != plain_row]
     for number in range(repeats + 1):
-        for row, step in steps.items():
+        for row in [turn for meta_row in meta_rows for turn in (plain_row, meta_row)]:
             net.zero_grad(set_to_none=True)
-            started = clock(device)
-            step()
+            wait(device)
+            started = clock()
+            steps[row]()
+            wait(device)
             # The first round warms up.
             if number:
-                seconds[row].append(clock(device) - started)
+                seconds[row].append(clock() - started)
     peaks = {}
     for row, step in steps.items():
         net.zero_grad(set_to_none=True)
         peaks[row] = peak_memory(step, device)
-    plain, least = statistics.median(seconds["forward + backward"]), peaks["forward + backward"]
+    plain, least = statistics.median(seconds[plain_row]), peaks[plain_row]
     for row, floor in floors.items():
         middle = statistics.median(seconds[row])
         ratios = f"{middle / plain:.2f} | {floor} | {middle / plain / floor:.2f}"
@@ -109,10 +118,9 @@ def plain_pass(net: SegNet, examples: Examples) -> None:
     dice_cross_entropy(net(examples.image), examples.mask).backward()
 
 
-def clock(device: torch.device) -> float:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def peak_memory(step: Step, device: torch.device) -> int:

@@ -8,7 +8,7 @@ import torch
 from medmeta.data.phantoms import write_phantoms
 from medmeta.data.tasks import load_task
 from medmeta.errors import InputError
-from medmeta.recipe import EpisodeSettings, Phase, Recipe, train_recipe, untrained
+from medmeta.recipe import EpisodeSettings, Phase, Recipe, TaskSource, train_recipe, untrained
 from medmeta.train import Schedule
 
 QUICK = Schedule(4, episodes_per_step=1, validate_every=2, checkpoint_every=1)
@@ -97,3 +97,11 @@ def test_unusable_recipes_are_refused(recipe, tmp_path):
     few = recipe.tasks[0].of_patients(recipe.tasks[0].patients[:3])
     with pytest.raises(InputError, match="at least 4"):
         train_recipe(replace(recipe, tasks=(few,)), tmp_path)
+
+
+def test_a_task_can_come_from_a_shipped_manifest(shared_data):
+    task = TaskSource("Task04_Hippocampus.yaml", cases=3).load(shared_data)
+    assert len(task.patients) == 3
+    assert task.terms
+    with pytest.raises(InputError):
+        TaskSource("Task99_Nothing.yaml").load(shared_data)

@@ -266,6 +266,20 @@ def test_transfer_keeps_one_head_for_each_task(net_name) -> None:
         learner.meta_loss(Episode("spleen", episode.support, episode.query))
 
 
+def test_the_settled_head_is_the_mean_of_all_heads(net_name) -> None:
+    learner = make_learner("transfer", net_name, tasks={"one": 1, "two": 2})
+    with torch.no_grad():
+        for number, rows in enumerate(([1.0, 3.0], [5.0, 4.0, 8.0])):
+            for parameter in learner.heads[f"task_{number}"].values():
+                for row, value in enumerate(rows):
+                    parameter[row] = value
+    learner.settle_head()
+    for name in learner.net.head_names:
+        background, foreground = learner.net.get_parameter(name)
+        assert (background == 3.0).all(), name
+        assert (foreground == 4.5).all(), name
+
+
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
