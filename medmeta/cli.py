@@ -47,10 +47,14 @@ def demo(out: Out = Path("medmeta-demo"), seed: Seed = 0) -> None:
 
     Example: medmeta demo --out story
     """
+    import torch
+
     from medmeta.console import Reporter
     from medmeta.demo import Plan, run_demo
     from medmeta.report import dice_table
 
+    # On the demo's small patches a second thread costs more than it brings.
+    torch.set_num_threads(1)
     steps = {phase.name: phase.schedule.steps for phases in Plan().arms().values() for phase in phases}
     with Reporter(console) as reporter:
         result = run_demo(out, seed=seed, progress=_demo_progress(reporter), log=reporter.row(steps))

@@ -49,7 +49,7 @@ class Plan:
     support: int = 3
     test: int = 6
     steps: tuple[int, ...] = (5, 20, 60)
-    pretrain_steps: int = 400
+    pretrain_steps: int = 320
     meta_steps: int = 40
     voxels: int = 24**3
 
