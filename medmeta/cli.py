@@ -383,6 +383,10 @@ def _demo_progress(reporter):
 
 def main() -> None:
     """Entry point of the `medmeta` command: what the user or the machine can be blamed for is one line."""
+    for stream in (sys.stdout, sys.stderr):
+        # A file name that the terminal cannot spell is no reason to stop.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except KeyboardInterrupt:

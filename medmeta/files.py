@@ -77,13 +77,15 @@ def read_json(path: str | Path) -> Any:
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> None:
     """Write named tensors as safetensors, with text facts in its header."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    with replacing(path) as beside:
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, beside, facts)
+    # Not save_file: it writes to a temporary name of its own, which a killed writer would leave behind.
+    content = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, facts)
+    with replacing(path) as beside, open(beside, "wb") as file:
+        file.write(content)
         # On disk before it takes the old one's place, so that a machine that goes down leaves one of the two whole.
-        with open(beside, "rb+") as written:
-            os.fsync(written.fileno())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

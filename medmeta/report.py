@@ -304,7 +304,7 @@ def dice_table(result: Mapping[str, Any]) -> Table:
             style = "bold" if arm in shown and shown[arm] == max(shown.values(), key=float) else ""
             interval = _interval(result, steps, arm)
             band = f"\n{interval[0]:.2f} to {interval[1]:.2f}" if interval and arm in shown else ""
-            cells.append(Text.assemble((shown.get(arm, "–"), style), (band, "dim")))
+            cells.append(Text.assemble((shown.get(arm, "-"), style), (band, "dim")))
         table.add_row(Text(str(steps)), *cells)
     return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import locale
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -320,6 +321,7 @@ def test_a_dicom_series_becomes_nifti_on_its_grid(segmenter, tmp_path):
     series.mkdir(parents=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
+    own = locale.setlocale(locale.LC_ALL)
     for number, voxels in enumerate(np.random.default_rng(0).integers(-900, 900, (5, 12, 10)).astype(np.int16)):
         image = sitk.GetImageFromArray(voxels)
         image.SetSpacing((2.0, 2.0))
@@ -335,6 +337,7 @@ def test_a_dicom_series_becomes_nifti_on_its_grid(segmenter, tmp_path):
             image.SetMetaData(key, value)
         writer.SetFileName(str(series / f"{number}.dcm"))
         writer.Execute(image)
+    locale.setlocale(locale.LC_ALL, own)  # writing DICOM leaves the process in the C locale
     (result,) = predict(segmenter, tmp_path / "scans", tmp_path / "out")
     assert result.status == "done", result.reason
     assert result.output.name == "series.nii.gz"
