@@ -106,6 +106,7 @@ def adapt(
     *,
     targets: Mapping[str, Sequence[int]] | None = None,
     modality: Literal["CT", "MR"] | None = None,
+    background: Sequence[int] = (),
     **options: Any,
 ) -> Segmenter:
     """Adapt a model to the scans of one folder and the label maps of another.
@@ -116,12 +117,14 @@ def adapt(
         labels: folder of label maps of the same names.
         targets: structure -> label values; every value of the label maps, named "label 1" and so on, when None.
         modality: "CT" or "MR"; found from the scans (`guess_modality`) when None.
+        background: label values that count as background, beside 0: other organs of the label maps.
         options: as of `adapt_to`.
 
     Raises:
         InputError: a folder, a scan or a label map cannot be used; the message names the file.
     """
-    return adapt_to(model, support_task(images, labels, targets=targets, modality=modality), **options)
+    task = support_task(images, labels, targets=targets, modality=modality, background=background)
+    return adapt_to(model, task, **options)
 
 
 def support_task(
@@ -130,16 +133,19 @@ def support_task(
     *,
     targets: Mapping[str, Sequence[int]] | None = None,
     modality: Literal["CT", "MR"] | None = None,
+    background: Sequence[int] = (),
 ) -> Task:
     """The task that two folders of scans and label maps make. Arguments and errors as of `adapt`."""
-    task = pair_folders(images, labels, targets=targets or {"any": (1,)}, modality=modality or "MR")
+    named = targets or {"any": (max(background, default=0) + 1,)}
+    task = pair_folders(images, labels, targets=named, modality=modality or "MR", background=background)
     if targets is None:
-        values = {value for case in task.cases for value in read_labels(case.labels).data.unique().tolist()} - {0}
+        values = {value for case in task.cases for value in read_labels(case.labels).data.unique().tolist()}
+        values -= {0, *background}
         if not values:
             remedy = "Label an organ, or name other folders."
             raise InputError(labels, "only background", "a label above 0 in some label map", remedy)
         found = {f"label {value}": (value,) for value in sorted(values)}
-        task = pair_folders(images, labels, targets=found, modality=task.modality)
+        task = pair_folders(images, labels, targets=found, modality=task.modality, background=background)
     if modality is None:
         task = replace(task, modality=guess_modality(task))
     return task

@@ -19,6 +19,10 @@ Targets = Annotated[
     list[str] | None,
     typer.Option("--target", metavar="NAME=1,2", help="A structure and its label values; again for each, may overlap."),
 ]
+Background = Annotated[
+    str | None,
+    typer.Option("--background", metavar="1,4", help="Label values of other organs, to count as background."),
+]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the config.")]
 ModelFolder = Annotated[Path, typer.Argument(help="Model folder that train or adapt wrote.")]
 Precision = Annotated[str, typer.Option("--precision", help="float32, or bfloat16 where the processor has it.")]
@@ -56,6 +60,17 @@ def read_targets(given: Sequence[str] | None) -> dict[str, tuple[int, ...]] | No
             raise InputError(f"--target {text}", found, "a name of its own for each target")
         targets[name] = wanted
     return targets
+
+
+def read_values(given: str | None) -> tuple[int, ...]:
+    """Label values from words such as 1,4. Raises InputError for any other."""
+    try:
+        values = tuple(int(value) for value in given.split(",")) if given else ()
+    except ValueError as error:
+        raise InputError(f"--background {given}", "no 1,4", "whole label values") from error
+    if min(values, default=1) < 1:
+        raise InputError(f"--background {given}", str(min(values)), "label values above 0")
+    return values
 
 
 def read_precision(name: str) -> torch.dtype:

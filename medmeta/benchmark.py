@@ -265,8 +265,7 @@ def run_arms(
             continue
         arms[name], history = train_recipe(recipe, out, device=device, progress=progress, log=log)
         learning_curves(history, out / f"learning-{name}.png")
-        if not (out / "models" / name).exists():
-            arms[name].save(out / "models" / name)
+        arms[name].save(out / "models" / name, overwrite=True)
     bfloat16 = any(recipe.precision == "bfloat16" for recipe in plans.values())
     precision = torch.bfloat16 if bfloat16 else torch.float32
     results = compare(arms, task, trial, out / "trials", device=device, precision=precision, progress=trials)

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from medmeta.arguments import (
+    Background,
     Changes,
     Device,
     ModelFolder,
@@ -22,6 +23,7 @@ from medmeta.arguments import (
     Targets,
     read_precision,
     read_targets,
+    read_values,
     require_resumable,
     require_writable,
 )
@@ -154,6 +156,7 @@ def adapt(
     labels: Annotated[Path, typer.Option("--labels", help="Folder of their label maps, of the same names.")],
     out: Out,
     target: Targets = None,
+    background: Background = None,
     modality: Annotated[str | None, typer.Option(help="CT or MR; found from the scans when not given.")] = None,
     method: Annotated[str, typer.Option(help="finetune, or inner (the learner's own rule).")] = "finetune",
     steps: Annotated[int, typer.Option(help="Optimiser steps at most.")] = 200,
@@ -176,7 +179,9 @@ def adapt(
         raise InputError("--modality", modality, "CT or MR")
     refuse_existing(out)
     source = load(model)
-    task = support_task(images, labels, targets=read_targets(target), modality=modality)
+    task = support_task(
+        images, labels, targets=read_targets(target), modality=modality, background=read_values(background)
+    )
     _line(f"{len(task.cases)} scans, {task.modality}, {', '.join(task.targets)}")
     with Reporter(console) as reporter:
         segmenter = adapt_to(

@@ -221,6 +221,8 @@ class Store:
             "ignored": task.ignored,
             "channels": len(task.channels),
         }
+        if task.background:
+            settings["background"] = task.background
         digest.update(json.dumps(settings, sort_keys=True).encode())
         for path in (*case.images, case.labels):
             if path is None:

@@ -52,6 +52,7 @@ class Task:
         targets: structure -> the label values that make it up. Targets may overlap (a tumour inside a liver).
         cases: the scans.
         ignored: label values that count neither as background nor as any target.
+        background: label values that count as background, beside 0: other organs of a label map.
         channels: names of the image channels, in order.
         terms: the licence under which the data may be used.
         reference: the publication to cite.
@@ -69,10 +70,14 @@ class Task:
     channels: tuple[str, ...] = ("image",)
     terms: str = ""
     reference: str = ""
+    background: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"task {self.name}"
         object.__setattr__(self, "targets", as_targets(self.targets, self.ignored, where))
+        taken = {*self.ignored, *(value for values in self.targets.values() for value in values)}
+        if both := sorted(taken & set(self.background)):
+            raise InputError(where, f"background values {both} in a target or ignored", "each label value in one place")
         if self.modality not in ("CT", "MR"):
             raise InputError(where, f"modality {self.modality!r}", "CT or MR")
         if not self.channels:
@@ -101,8 +106,9 @@ class Task:
     def _table(self) -> Tensor:
         # Position v + 1 holds the class of label value v; the first and the last stand for all values out of range.
         named = [value for atom in self.atoms for value in atom]
-        table = torch.full((max(*named, *self.ignored, 0) + 3,), _UNNAMED)
+        table = torch.full((max(*named, *self.ignored, *self.background, 0) + 3,), _UNNAMED)
         table[1] = 0
+        table[[value + 1 for value in self.background]] = 0
         for number, atom in enumerate(self.atoms, start=1):
             table[[value + 1 for value in atom]] = number
         table[[value + 1 for value in self.ignored]] = IGNORED
@@ -119,7 +125,7 @@ class Task:
             long mask of the same shape: 0 background, 1..K the atoms, -1 ignored.
 
         Raises:
-            InputError: a value that is neither named by a target nor ignored.
+            InputError: a value that is neither named by a target nor background nor ignored.
         """
         if labels.is_floating_point() or labels.is_complex():
             raise InputError(where, f"labels of type {labels.dtype}", "integer labels")
@@ -134,11 +140,12 @@ class Task:
     def _unnamed_error(self, values: Sequence[int], where: str | Path) -> InputError:
         named = [f"{name} = {list(held)}" for name, held in self.targets.items()]
         named += [f"ignored = {list(self.ignored)}"] if self.ignored else []
+        zero = ", ".join(map(str, (0, *self.background)))
         return InputError(
             where,
             f"label values that no target names: {some([str(value) for value in values])}",
-            f"background 0, {', '.join(named)}",
-            "Name them in a target or list them under `ignored`.",
+            f"background {zero}, {', '.join(named)}",
+            "Name them in a target, or list them under `background` or `ignored`.",
         )
 
     def decode(self, mask: Tensor) -> Tensor:
@@ -265,6 +272,7 @@ def pair_folders(
     targets: Mapping[str, int | Sequence[int]],
     modality: Modality,
     ignored: Sequence[int] = (),
+    background: Sequence[int] = (),
     patient_pattern: str | None = None,
     name: str | None = None,
     organ: str | None = None,
@@ -280,6 +288,7 @@ def pair_folders(
         targets: structure -> label values.
         modality: "CT" (intensities in HU) or "MR".
         ignored: label values that count neither as background nor as a target.
+        background: label values that count as background, beside 0.
         patient_pattern: regular expression with one group that matches the patient in a case id; by default every case
             is a patient of its own.
         name: name of the task, by default that of the folder that holds `images`.
@@ -300,6 +309,7 @@ def pair_folders(
         targets=as_targets(targets, ignored, labels),
         cases=cases,
         ignored=tuple(ignored),
+        background=tuple(background),
         channels=("image",) if channels == 1 else tuple(f"channel {i}" for i in range(channels)),
     )
 

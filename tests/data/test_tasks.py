@@ -619,3 +619,13 @@ class TestRealSets:
         decoded = task.decode(task.encode(labels, task.cases[0].labels))
         for held in regions.values():
             assert torch.equal(torch.isin(decoded, torch.tensor(held)), torch.isin(labels, torch.tensor(held)))
+
+
+def test_background_values_count_as_background() -> None:
+    task = Task("kidneys", "kidney", "MR", {"kidney": (2, 3)}, (), background=(1, 4))
+    labels = torch.tensor([0, 1, 2, 3, 4])
+    assert task.encode(labels, "labels").tolist() == [0, 0, 1, 1, 0]
+    with pytest.raises(InputError, match="background 0, 1, 4"):
+        task.encode(torch.tensor([5]), "labels.nii.gz")
+    with pytest.raises(InputError, match="one place"):
+        Task("kidneys", "kidney", "MR", {"kidney": (2, 3)}, (), background=(3,))
