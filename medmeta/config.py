@@ -82,8 +82,9 @@ class BenchmarkConfig(TrainConfig):
         """
         task = self.held_out.load(self.data)
         for source in self.tasks:
-            if source.path == self.held_out.path:
-                raise InputError("held_out", source.path, "a set that is not trained on", "Take it out of `tasks`.")
+            if source.path == self.held_out.path or source.load(self.data).organ == task.organ:
+                found = f"{source.path} with the organ {task.organ!r} in `tasks` too"
+                raise InputError("held_out", found, "a set and an organ that are not trained on", "Take it out.")
         return task
 
 

@@ -161,8 +161,11 @@ def train_recipe(
     for phase in recipe.phases:
         if phase.learner not in LEARNERS:
             raise InputError(f"phase {phase.name}", f"learner {phase.learner!r}", f"one of {sorted(LEARNERS)}")
-    training, held_out = _prepared(recipe, folder / "store", progress)
     net = build_network(recipe.network["name"], **recipe.network.get("options", {}), seed=recipe.seed)
+    for phase in recipe.phases:
+        # A wrong option is known now, not after the scans are prepared.
+        build_learner(phase.learner, net, **phase.options)
+    training, held_out = _prepared(recipe, folder / "store", progress)
     precision = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
     learner: MetaLearner | None = None
     history: list[Row] = []

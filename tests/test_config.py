@@ -7,6 +7,7 @@ import yaml
 
 from medmeta.config import BenchmarkConfig, TrainConfig, load_config
 from medmeta.data.phantoms import write_phantoms
+from medmeta.data.tasks import load_task
 from medmeta.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -70,6 +71,9 @@ def test_the_held_out_set_is_not_trained_on(tmp_path):
     folders = write_phantoms(tmp_path / "sets", tasks=2, cases=2, size_mm=60)
     values = MINIMAL | {"tasks": [{"path": folders[0].name}], "held_out": {"path": folders[0].name}, "arms": {"a": []}}
     values.pop("phases")
+    with pytest.raises(InputError, match="not trained on"):
+        load_config(BenchmarkConfig, written(tmp_path, values)).held_out_task()
+    values["held_out"] = {"path": folders[1].name, "organ": load_task(folders[0]).organ}
     with pytest.raises(InputError, match="not trained on"):
         load_config(BenchmarkConfig, written(tmp_path, values)).held_out_task()
     values["held_out"] = {"path": folders[1].name}

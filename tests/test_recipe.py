@@ -94,6 +94,10 @@ def test_unusable_recipes_are_refused(recipe, tmp_path):
         train_recipe(replace(recipe, phases=()), tmp_path)
     with pytest.raises(InputError, match="maml"):
         train_recipe(replace(recipe, phases=(Phase("a", "mamml", QUICK),)), tmp_path)
+    with pytest.raises(ValueError, match="inner_step"):
+        wrong = Phase("a", "maml", QUICK, {"inner_stepps": 2})
+        train_recipe(replace(recipe, phases=(wrong,)), tmp_path / "untouched")
+    assert not (tmp_path / "untouched").exists()
     few = recipe.tasks[0].of_patients(recipe.tasks[0].patients[:3])
     with pytest.raises(InputError, match="at least 4"):
         train_recipe(replace(recipe, tasks=(few,)), tmp_path)
