@@ -59,7 +59,7 @@ def demo(out: Out = Path("medmeta-demo"), seed: Seed = 0) -> None:
     torch.set_num_threads(1)
     steps = {phase.name: phase.schedule.steps for phases in Plan().arms().values() for phase in phases}
     with Reporter(console) as reporter:
-        result = run_demo(out, seed=seed, progress=_demo_progress(reporter), log=reporter.row(steps))
+        result = run_demo(out, seed=seed, progress=reporter, trials=reporter.trial, log=reporter.row(steps))
     console.print(dice_table(result))
     _line(f"{result['seconds']['all']:.0f} s. Pictures, models and result.json are in {out}")
 
@@ -374,16 +374,6 @@ def _segmenter(folder: Path) -> Segmenter:
     if not isinstance(loaded, Segmenter):
         raise InputError(folder, "a model that was not adapted", "an adapted model", "Run `medmeta adapt` first.")
     return loaded
-
-
-def _demo_progress(reporter):
-    def tell(what: str, done: int, total: int) -> None:
-        if ", draw " in what:
-            reporter.trial(what, done, total)
-        else:
-            reporter(what, done, total)
-
-    return tell
 
 
 def main() -> None:

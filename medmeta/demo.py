@@ -79,6 +79,7 @@ def run_demo(
     seed: int = 0,
     plan: Plan = Plan(),
     progress: Progress | None = None,
+    trials: Progress | None = None,
     log: Callable[[Row], None] | None = None,
 ) -> dict[str, Any]:
     """Write phantoms, train, adapt, segment and score in `out`.
@@ -89,6 +90,7 @@ def run_demo(
         seed: of the phantoms and the training.
         plan: how large.
         progress: called with (what, done, total).
+        trials: told how the comparison goes.
         log: called with each row of the training history.
 
     Returns:
@@ -120,7 +122,7 @@ def run_demo(
     arms["meta"].save(out / "model")
     learning_curves(histories["meta"], out / "learning.png")
     trial = Trial((plan.support,), plan.steps, draws=1, test_patients=plan.test, rate=3e-3, seed=seed)
-    results = compare(arms, new, trial, out / "trials", precision=torch.bfloat16, progress=progress)
+    results = compare(arms, new, trial, out / "trials", precision=torch.bfloat16, progress=trials)
     rows = summarise(results, list(new.targets), seed)
     result = {
         "task": new.name,

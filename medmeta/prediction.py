@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from medmeta.data.folders import stem
 from medmeta.data.volume import Volume, is_volume, read_channels, read_labels, volume_suffix, write_volume
 from medmeta.errors import InputError
 from medmeta.files import write_json
@@ -107,17 +108,17 @@ def _scans_of(path: Path, channels: int) -> dict[str, tuple[Path, ...]]:
         raise InputError(path, "nothing at this path", "a scan or a folder of scans")
     # A file that is named outright is tried whatever its name; in a folder only scans are looked at.
     if not path.is_dir() or is_volume(path):
-        return {_stem(path): (path,)}
+        return {stem(path): (path,)}
     parts = [path / name for name in ("imagesTr", "imagesTs") if (path / name).is_dir()] or [path]
     files = [file for part in parts for file in sorted(part.iterdir()) if not file.name.startswith(".")]
     files = [file for file in files if is_volume(file)]
     if not files:
         raise InputError(path, "no scans", "files ending in .nii.gz, .nii, .nrrd, .mha or .mhd, or DICOM folders")
-    numbered = _channels_in_names([_stem(file) for file in files], channels)
+    numbered = _channels_in_names([stem(file) for file in files], channels)
     scans: dict[str, dict[int, Path]] = {}
     for file in files:
-        match = CHANNEL.fullmatch(_stem(file)) if numbered else None
-        name, number = (match[1], int(match[2])) if match else (_stem(file), 0)
+        match = CHANNEL.fullmatch(stem(file)) if numbered else None
+        name, number = (match[1], int(match[2])) if match else (stem(file), 0)
         if number in scans.setdefault(name, {}):
             found = f"the name of {scans[name][number].name} again"
             raise InputError(file, found, "one scan of each name", "Segment them apart.")
@@ -143,10 +144,6 @@ def _channel_files(name: str, members: dict[int, Path]) -> tuple[Path, ...]:
     # A channel that is missing is named where it should be, and found missing there when the scan is read.
     one = next(iter(members.values()))
     return tuple(members.get(i, one.with_name(f"{name}_{i:04d}{volume_suffix(one)}")) for i in range(max(members) + 1))
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(volume_suffix(path)) if volume_suffix(path) else path.name
 
 
 def _refuse_clashes(scans: dict[str, tuple[Path, ...]], out: Path) -> None:

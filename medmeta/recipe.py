@@ -14,7 +14,7 @@ import torch
 from medmeta.data.manifests import find_manifest
 from medmeta.data.sampler import EpisodeSampler
 from medmeta.data.store import Store, StoredTask, fit_preprocess
-from medmeta.data.tasks import Task, load_task
+from medmeta.data.tasks import Task, load_task, split_patients
 from medmeta.episode import Episode
 from medmeta.errors import InputError
 from medmeta.files import write_json
@@ -232,8 +232,6 @@ def _prepared(recipe: Recipe, store: Path, progress: Progress | None) -> tuple[l
 
 
 def _split(task: Task, held_out: int, seed: int) -> tuple[Task, Task]:
-    from medmeta.data.tasks import split_patients
-
     labelled = task.labelled
     return split_patients(labelled, [len(labelled.patients) - held_out, held_out], seed)
 
