@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -110,6 +111,26 @@ class Augment:
         return image.float().contiguous(), mask[0].round().long() - 1
 
 
+@dataclass(frozen=True)
+class EpisodePlan:
+    """What one episode is made of.
+
+    Args:
+        task: its name.
+        number: its position among the sampler's tasks.
+        classes: the task's classes that become 1, 2, ... of the episode; its others are background there.
+        flips: axes that are mirrored.
+        support, query: ids of the scans, one for each patch.
+    """
+
+    task: str
+    number: int
+    classes: tuple[int, ...]
+    flips: tuple[int, ...]
+    support: tuple[str, ...]
+    query: tuple[str, ...]
+
+
 class EpisodeSampler:
     """Episodes over several tasks; `sampler[i]` depends on (seed, i) alone.
 
@@ -154,45 +175,51 @@ class EpisodeSampler:
                 task.name: Augment(task.patch, task.preprocess.spacing, task.preprocess.modality) for task in tasks
             }
 
-    def __getitem__(self, index: int) -> Episode:
-        rng = np.random.default_rng([self.seed, index])
-        task = self.tasks[rng.integers(len(self.tasks))]
+    def plan(self, index: int) -> EpisodePlan:
+        """What episode `index` is made of, without reading a voxel."""
+        rng = np.random.default_rng([self.seed, index, 0])
+        number = int(rng.integers(len(self.tasks)))
+        task = self.tasks[number]
         chosen = list(range(1, task.classes + 1))
         if self.ways is not None:
             count = int(rng.integers(1, min(self.ways, task.classes) + 1))
             chosen = [int(label) for label in rng.permutation(chosen)[:count]]
-        flips = [axis for axis in range(3) if self.mirror and rng.random() < 0.5]
+        flips = tuple(axis for axis in range(3) if self.mirror and rng.random() < 0.5)
         patients = task.patients
         names = [str(name) for name in rng.permutation(sorted(patients))]
         split = min(self.shots, len(names) - 1)
-        support = self._examples(task, [patients[name] for name in names[:split]], self.shots, chosen, flips, rng)
-        query = self._examples(task, [patients[name] for name in names[split:]], self.queries, chosen, flips, rng)
+
+        def scans(of: list[str], count: int) -> tuple[str, ...]:
+            turns = [patients[of[turn % len(of)]] for turn in range(count)]
+            return tuple(turn[rng.integers(len(turn))].id for turn in turns)
+
+        support, query = scans(names[:split], self.shots), scans(names[split:], self.queries)
+        return EpisodePlan(task.name, number, tuple(chosen), flips, support, query)
+
+    def __getitem__(self, index: int) -> Episode:
+        plan = self.plan(index)
+        task = self.tasks[plan.number]
+        rng = np.random.default_rng([self.seed, index, 1])
+        support, query = (self._examples(task, names, plan, rng) for names in (plan.support, plan.query))
         return Episode(task.name, support, query)
 
     def _examples(
-        self,
-        task: StoredTask,
-        patients: list[list[StoredCase]],
-        count: int,
-        chosen: list[int],
-        flips: list[int],
-        rng: np.random.Generator,
+        self, task: StoredTask, names: Sequence[str], plan: EpisodePlan, rng: np.random.Generator
     ) -> Examples:
+        chosen = list(plan.classes)
         table = torch.zeros(task.classes + 2, dtype=torch.long)
         table[-1] = IGNORED
         table[chosen] = torch.arange(1, len(chosen) + 1)
+        cases = {case.id: case for case in task.cases}
         images, masks = [], []
-        for number in range(count):
-            scans = patients[number % len(patients)]
+        for number, name in enumerate(names):
             # One class after the other, so that every class of the episode is looked for.
             label = chosen[number % len(chosen)]
-            image, mask = draw_patch(
-                scans[rng.integers(len(scans))], task.patch, rng, labels=[label] if number < len(chosen) else chosen
-            )
+            image, mask = draw_patch(cases[name], task.patch, rng, labels=[label] if number < len(chosen) else chosen)
             if task.name in self._augment:
                 image, mask = self._augment[task.name](image, mask, rng)
-            if flips:
-                image, mask = image.flip([axis + 1 for axis in flips]), mask.flip(flips)
+            if plan.flips:
+                image, mask = image.flip([axis + 1 for axis in plan.flips]), mask.flip(plan.flips)
             images.append(image)
             masks.append(table[mask])
         return Examples(torch.stack(images), torch.stack(masks), len(chosen))
