@@ -96,7 +96,10 @@ class SegNet(nn.Module):
         Raises:
             ValueError: the image has other axes or channels than required, or a parameter is missing.
         """
-        features = self.embed(image, parameters)
+        return self.classify(self.embed(image, parameters), parameters)
+
+    def classify(self, features: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Logits (N, 1+K, *S) of features (N, F, *S): the head alone, which needs only its own parameters."""
         if parameters is None:
             return self.head(features)
         return functional_call(self.head, _part(parameters, self.head_names), (features,))

@@ -158,9 +158,16 @@ def train_recipe(
     """
     if not recipe.phases:
         raise InputError("phases", "none", "at least one phase of training")
-    for phase in recipe.phases:
+    for number, phase in enumerate(recipe.phases):
         if phase.learner not in LEARNERS:
             raise InputError(f"phase {phase.name}", f"learner {phase.learner!r}", f"one of {sorted(LEARNERS)}")
+        if LEARNERS[phase.learner].pretrained and number == 0:
+            raise InputError(
+                f"phase {phase.name}",
+                f"{phase.learner} as the first phase",
+                "a body that was trained before",
+                "Put a phase of multi-task pre-training (learner: transfer) in front of it.",
+            )
     net = build_network(recipe.network["name"], **recipe.network.get("options", {}), seed=recipe.seed)
     for phase in recipe.phases:
         # A wrong option is known now, not after the scans are prepared.
