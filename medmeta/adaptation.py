@@ -22,6 +22,7 @@ from medmeta.errors import InputError
 from medmeta.learners import MetaLearner
 from medmeta.losses import dice_cross_entropy
 from medmeta.segmenter import Model, Segmenter, as_model
+from medmeta.train import autocast
 
 METHODS = ("finetune", "inner")
 
@@ -186,10 +187,9 @@ def adapt_prepared(
     """What `learner` learns from prepared scans. Arguments as of `adapt_to`."""
     learner = learner.to(device).eval()
     if method == "inner":
-        rng = np.random.default_rng([seed, 1])
-        patches = [_patch(support, case, None, rng) for case in support.cases]
-        with torch.no_grad():
-            return _to_cpu(learner.adapt(_for_network(learner, _examples(patches, support.classes)).to(device)))
+        examples = _for_network(learner, support_patches(support, seed)).to(device)
+        with torch.no_grad(), autocast(device, precision):
+            return _to_cpu(learner.adapt(examples))
     augment = Augment(support.patch, support.preprocess.spacing, support.preprocess.modality)
     with torch.no_grad():
         start = learner.start(support.cases[0].image.shape[0], support.classes)
@@ -210,7 +210,7 @@ def adapt_prepared(
             learner, _examples([_patch(support, case, augment, rng) for case in chosen], support.classes)
         ).to(device)
         optimiser.zero_grad()
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        with autocast(device, precision):
             logits = learner.segment(examples.image, state)
         loss = dice_cross_entropy(logits.float(), examples.mask)
         loss.backward()
@@ -224,6 +224,18 @@ def adapt_prepared(
         if progress:
             progress(step + 1, budget.steps, value)
     return _to_cpu(state)
+
+
+def support_patches(support: StoredTask, seed: int = 0, most: int = 16) -> Examples:
+    """Patches that show each scan around each of its classes and once anywhere, as many as `most` or the scans."""
+    rng = np.random.default_rng([seed, 1])
+    cases, classes = support.cases, support.classes
+    patches = []
+    for number in range(max(len(cases), min(most, len(cases) * (classes + 1)))):
+        label = 1 + (number // len(cases)) % (classes + 1)
+        around = [label] if label <= classes else []
+        patches.append(draw_patch(cases[number % len(cases)], support.patch, rng, labels=around))
+    return _examples(patches, classes)
 
 
 def _to_cpu(state: State) -> State:

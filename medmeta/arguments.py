@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +26,32 @@ Background = Annotated[
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the config.")]
 ModelFolder = Annotated[Path, typer.Argument(help="Model folder that train or adapt wrote.")]
 Precision = Annotated[str, typer.Option("--precision", help="float32, or bfloat16 where the processor has it.")]
+
+PredictionPrecision = Annotated[
+    str, typer.Option("--precision", help="float32, bfloat16, or auto: bfloat16 where the processor has it.")
+]
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """A check that a word is among some. It raises InputError for any other."""
+
+    def check(context: typer.Context, parameter: typer.CallbackParam, given: str) -> str:
+        if given not in choices:
+            raise InputError(f"--{parameter.name}", given, f"one of {', '.join(choices)}")
+        return given
+
+    return check
+
+
+Backend = Annotated[
+    str,
+    typer.Option("--backend", help="torch, or openvino (an extra) on the CPU.", callback=one_of("torch", "openvino")),
+]
+Engine = Annotated[
+    str, typer.Option("--engine", help="local, or ray (an extra) over a cluster.", callback=one_of("local", "ray"))
+]
+Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes of the Ray engine.")]
+GpusPerWorker = Annotated[float, typer.Option("--gpus-per-worker", min=0.0, help="GPUs of each of them.")]
 
 
 def require_device(name: str) -> str:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from medmeta.adaptation import Budget, adapt_prepared, make_segmenter, prepare_support
-from medmeta.data.store import StoredTask, read_case
-from medmeta.data.tasks import Case, Task
-from medmeta.episode import IGNORED
+from medmeta.adaptation import METHODS, Budget, adapt_prepared, make_segmenter, prepare_support
+from medmeta.data.store import StoredTask
+from medmeta.data.tasks import Task
 from medmeta.errors import InputError
-from medmeta.evaluate import score_masks
+from medmeta.evaluate import holm, paired_wilcoxon, score_case
 from medmeta.files import read_json, replacing, write_json
-from medmeta.recipe import Progress, Recipe, train_recipe, untrained
-from medmeta.report import curves_over_adaptation, learning_curves
-from medmeta.segmenter import Model, Segmenter
-from medmeta.train import Row
+from medmeta.losses import dice_cross_entropy
+from medmeta.measure import median_seconds, peak_memory
+from medmeta.recipe import Progress, Recipe, phase_episodes, train_recipe, untrained
+from medmeta.report import arm_panels, learning_curves
+from medmeta.segmenter import Model
+from medmeta.train import Row, autocast
+
+BASELINE = "transfer"
+"""The arm that every other is tested against."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +38,21 @@ class Trial:
 
     Args:
         shots: numbers of support scans.
-        steps: lengths of the adaptation, each a run of its own.
+        methods: ways to adapt, of `medmeta.adaptation.METHODS`; "inner" is each learner's own rule and takes no steps.
+        steps: lengths of the adaptation by any other method, each a run of its own.
         draws: support sets for each number of scans; the larger holds the smaller.
         test_patients: patients that are segmented and scored, never in a support.
         rate: AdamW's step size.
         patches: patches of one adaptation step.
         tolerance_mm: of surface Dice.
         seed: decides test patients, support sets and patches.
+
+    Raises:
+        ValueError: an unknown method.
     """
 
     shots: tuple[int, ...] = (1, 3, 5)
+    methods: tuple[str, ...] = ("finetune",)
     steps: tuple[int, ...] = (10, 30, 100)
     draws: int = 3
     test_patients: int = 50
@@ -48,6 +60,16 @@ class Trial:
     patches: int = 2
     tolerance_mm: float = 2.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.methods) - set(METHODS))
+        if unknown:
+            raise ValueError(f"methods {unknown}; required: among {', '.join(METHODS)}")
+
+    @property
+    def adaptations(self) -> list[tuple[str, int]]:
+        """Every (method, steps); the learner's own rule counts no steps."""
+        return [(method, steps) for method in self.methods for steps in ((0,) if method == "inner" else self.steps)]
 
 
 Result = dict[str, Any]
@@ -63,38 +85,37 @@ def compare(
     precision: torch.dtype = torch.float32,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Result]:
-    """Adapt every arm to every support set for every length and score it on the same test scans.
+    """Adapt every arm to every support set in every way and score it on the same test scans.
 
     Args:
         arms: name -> model.
         task: the held-out task.
-        trial: shots, lengths, draws.
-        folder: gets one JSON file for each result; those that are there are not made again.
+        trial: shots, ways to adapt, draws.
+        folder: gets one JSON file for each result; those of the same model and trial are not made again.
         device: where to adapt and predict.
         precision: bfloat16 runs the networks under autocast.
         progress: called with (what, done, total).
 
     Returns:
-        One result for each arm, number of scans, draw and length, with the scores of every case.
+        One result for each arm, number of scans, draw, method and length, with the scores of every case.
 
     Raises:
         InputError: fewer patients than test set and largest support need.
     """
     test, supports = draw_supports(task, trial)
+    keys = {name: _key(model, task, trial) for name, model in arms.items()}
     runs = [
-        (name, shots, draw, steps)
+        (name, shots, draw, method, steps)
         for shots in trial.shots
         for draw in range(trial.draws)
         for name in arms
-        for steps in trial.steps
+        for method, steps in trial.adaptations
     ]
     results = []
     prepared: dict[tuple[int, int], StoredTask] = {}
-    for done, (name, shots, draw, steps) in enumerate(runs):
-        file = folder / f"{name}-{shots}scans-draw{draw}-{steps}steps.json"
-        if file.exists():
-            results.append(read_json(file))
-        else:
+    for done, (name, shots, draw, method, steps) in enumerate(runs):
+        file = folder / f"{name}-{keys[name]}-{shots}scans-draw{draw}-{describe_adaptation(method, steps, '-')}.json"
+        if not file.exists():
             model = arms[name]
             support_task = task.of_patients(supports[draw][:shots])
             if (shots, draw) not in prepared:
@@ -102,20 +123,38 @@ def compare(
             support = prepared[shots, draw]
             started = time.perf_counter()
             budget = Budget(steps=steps, rate=trial.rate, patches=trial.patches)
-            state = adapt_prepared(model.learner, support, "finetune", budget, draw, device, precision)
+            state = adapt_prepared(model.learner, support, method, budget, draw, device, precision)
             seconds = time.perf_counter() - started
             segmenter = make_segmenter(model, support_task, support, state, {})
             scores = [
                 score_case(segmenter, task, case, trial.tolerance_mm, device=device, precision=precision)
                 for case in test.cases
             ]
-            result = {"arm": name, "shots": shots, "draw": draw, "steps": steps, "adapt_seconds": round(seconds, 2)}
-            result |= {"support": [case.id for case in support_task.cases], "cases": scores}
-            write_json(file, result)
-            results.append(result)
+            result = {"arm": name, "shots": shots, "draw": draw, "method": method, "steps": steps}
+            result |= {"adapt_seconds": round(seconds, 2), "support": [case.id for case in support_task.cases]}
+            write_json(file, result | {"cases": scores})
+        results.append(read_json(file))
         if progress:
-            progress(f"{name}, {shots} scans, draw {draw + 1}, {steps} steps", done + 1, len(runs))
+            what = describe_adaptation(method, steps)
+            progress(f"{name}, {shots} scans, draw {draw + 1}, {what}", done + 1, len(runs))
     return results
+
+
+def _key(model: Model, task: Task, trial: Trial) -> str:
+    """A digest of what decides a result, beside what its file name says."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.learner.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    setting = {key: value for key, value in asdict(trial).items() if key not in ("shots", "methods", "steps", "draws")}
+    facts = [setting, model.learner.name, model.learner.options, model.voxels, [case.id for case in task.cases]]
+    digest.update(json.dumps([facts, task.atoms, task.ignored], sort_keys=True).encode())
+    return digest.hexdigest()[:8]
+
+
+def describe_adaptation(method: str, steps: int, space: str = " ") -> str:
+    """A way to adapt in words: "own rule", "30 steps", "head 30 steps"."""
+    words = ["own", "rule"] if method == "inner" else [*([] if method == "finetune" else [method]), str(steps), "steps"]
+    return space.join(words)
 
 
 def draw_supports(task: Task, trial: Trial) -> tuple[Task, list[list[str]]]:
@@ -142,52 +181,54 @@ def draw_supports(task: Task, trial: Trial) -> tuple[Task, list[list[str]]]:
     return task.labelled.of_patients(test), supports
 
 
-def score_case(segmenter: Segmenter, task: Task, case: Case, tolerance_mm: float, **options: Any) -> dict[str, Any]:
-    """Segment one labelled scan and score each target. Options as of `Segmenter.predict`."""
-    scan, reference = read_case(task, case)
-    prediction = segmenter.predict(scan, **options)
-    predicted = task.encode(prediction.data, case.id)
-    counted = (reference != IGNORED).numpy()[0]
-    row: dict[str, Any] = {"case": case.id}
-    for name, values in task.targets.items():
-        classes = [number for number, atom in enumerate(task.atoms, start=1) if set(atom) <= set(values)]
-        masks = [torch.isin(mask, torch.tensor(classes)).numpy()[0] & counted for mask in (reference, predicted)]
-        scores = score_masks(masks[0], masks[1], scan.spacing, tolerance_mm)
-        row[name] = {key: getattr(scores, key) for key in ("dice", "surface_dice", "hd95_mm", "missed", "invented")}
-    return row
-
-
 def summarise(results: Sequence[Result], targets: Sequence[str], seed: int = 0) -> list[dict[str, Any]]:
-    """Mean Dice and surface Dice over targets, cases and draws, with a bootstrap interval over cases and draws.
+    """Mean Dice and surface Dice over targets, cases and draws, with bootstrap intervals over cases and draws.
 
     Returns:
-        One row for each arm, number of scans and length; `by_target` holds the mean Dice of each target.
+        One row for each arm, number of scans and way to adapt; `by_target` holds the mean Dice of each target, `p` the
+        p value of Wilcoxon's signed-rank test over cases (each the mean of its draws) against `BASELINE` adapted the
+        same way, after Holm's correction for the number of arms; None for the baseline and where there is none.
     """
-    groups: dict[tuple[str, int, int], list[Result]] = {}
+    groups: dict[tuple[str, int, str, int], list[Result]] = {}
     for result in results:
-        groups.setdefault((result["arm"], result["shots"], result["steps"]), []).append(result)
+        key = (result["arm"], result["shots"], result["method"], result["steps"])
+        groups.setdefault(key, []).append(result)
+    scores: dict[tuple[str, int, str, int], np.ndarray] = {}
     rows = []
-    for (arm, shots, steps), members in groups.items():
+    for key, members in groups.items():
+        arm, shots, method, steps = key
         cases = [case for member in members for case in member["cases"]]
         # (draws, cases); every draw is scored on the same cases.
         dice, surface = (
             np.array([[_mean(case[name][key] for name in targets) for case in member["cases"]] for member in members])
             for key in ("dice", "surface_dice")
         )
+        scores[key] = dice
         rows.append(
             {
                 "arm": arm,
                 "shots": shots,
+                "method": method,
                 "steps": steps,
                 "dice": float(np.nanmean(dice)),
                 "interval": nested_interval(dice, seed),
                 "surface_dice": float(np.nanmean(surface)),
+                "surface_interval": nested_interval(surface, seed),
                 "by_target": {name: _mean(case[name]["dice"] for case in cases) for name in targets},
                 "missed": sum(case[name]["missed"] for case in cases for name in targets),
                 "scored": len(cases) * len(targets),
                 "adapt_seconds": statistics.fmean(member["adapt_seconds"] for member in members),
+                "p": None,
             }
         )
+    for setting in dict.fromkeys(key[1:] for key in groups):
+        others = [row for row in rows if (row["shots"], row["method"], row["steps"]) == setting]
+        others = [row for row in others if row["arm"] != BASELINE]
+        if (BASELINE, *setting) in scores:
+            theirs = np.nanmean(scores[BASELINE, *setting], axis=0)
+            ours = [np.nanmean(scores[row["arm"], *setting], axis=0) for row in others]
+            for row, p in zip(others, holm([paired_wilcoxon(each, theirs) for each in ours]), strict=True):
+                row["p"] = None if math.isnan(p) else p
     return rows
 
 
@@ -213,22 +254,60 @@ def _mean(values: Iterable[float | None]) -> float:
     return statistics.fmean(present) if present else float("nan")
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> str:
-    """The rows of `summarise` as a Markdown table: scans and length down, arms across, the best in bold."""
-    lines = ["| scans | steps | " + " | ".join(arms) + " |", "|---|---|" + "---|" * len(arms)]
-    found = {(row["shots"], row["steps"], row["arm"]): row for row in rows}
-    for shots, steps in sorted({(row["shots"], row["steps"]) for row in rows}):
-        here = [found.get((shots, steps, arm)) for arm in arms]
-        best = max(row["dice"] for row in here if row)
+def markdown_table(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], key: str = "dice") -> str:
+    """The rows of `summarise` as a Markdown table: arms down, numbers of scans and ways to adapt across.
+
+    Args:
+        rows: of `summarise`.
+        arms: in the order wanted.
+        key: "dice" or "surface_dice".
+
+    Returns:
+        The table, the best of each column in bold; + and - mark a Dice that differs from plain transfer's (p < 0.05).
+    """
+    found = {(row["shots"], row["method"], row["steps"], row["arm"]): row for row in rows}
+    columns = sorted({column[:3] for column in found}, key=lambda column: (column[0], column[1] != "inner", column))
+    names = [f"{shots} scan{'s' * (shots > 1)}, {describe_adaptation(*how)}" for shots, *how in columns]
+    best = {column: max(found[*column, arm][key] for arm in arms if (*column, arm) in found) for column in columns}
+    reference = {column: found.get((*column, BASELINE)) for column in columns}
+    band = "interval" if key == "dice" else "surface_interval"
+    lines = ["| learner | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for arm in arms:
         cells = []
-        for row in here:
+        for column in columns:
+            row = found.get((*column, arm))
             if row is None:
                 cells.append("")
                 continue
-            text = f"{row['dice']:.3f}"
-            low, high = row["interval"]
-            cells.append(f"{f'**{text}**' if row['dice'] == best else text} ({low:.2f} to {high:.2f})")
-        lines.append(f"| {shots} | {steps} | " + " | ".join(cells) + " |")
+            text = f"{row[key]:.3f}"
+            low, high = row[band]
+            mark = ""
+            if key == "dice" and row["p"] is not None and row["p"] < 0.05:
+                mark = " +" if row["dice"] > reference[column]["dice"] else " -"
+            cells.append(f"{f'**{text}**' if row[key] == best[column] else text} ({low:.2f} to {high:.2f}){mark}")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cost_table(costs: Mapping[str, Mapping[str, float]], rows: Sequence[Mapping[str, Any]]) -> str:
+    """What each arm costs, as a Markdown table; one meta-step is measured beside a plain pass over the same query."""
+    lines = [
+        "| learner | meta-training s | one meta-step, x plain pass | its peak memory, MiB | adaptation s |",
+        "|---|---|---|---|---|",
+    ]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = [row for row in rows if row["arm"] == arm]
+        cost = costs.get(arm)
+        step = "| | |"
+        if cost:
+            step = f"| {cost['meta_seconds']:.0f} | {cost['time_ratio']:.1f} | {cost['peak_bytes'] / 2**20:.0f} |"
+        ways = dict.fromkeys((row["method"], row["steps"]) for row in own)
+        seconds = "; ".join(
+            f"{describe_adaptation(*way)} "
+            f"{statistics.fmean(row['adapt_seconds'] for row in own if (row['method'], row['steps']) == way):.1f}"
+            for way in ways
+        )
+        lines.append(f"| {arm} {step} {seconds} |")
     return "\n".join(lines)
 
 
@@ -249,7 +328,8 @@ def run_arms(
         plans: arm -> recipe; one without phases is the network as it was initialised.
         task: the held-out task.
         trial: what every arm is put through.
-        out: what stands there from an earlier run is not done again.
+        out: what stands there from an earlier run is not done again. `phases/*/episodes.json` lists the scans, classes
+            and flips of every episode of a phase; arms whose last phase draws alike meet the same ones.
         device: where to train and adapt.
         progress: told how the preparation of scans goes.
         trials: told how the comparison goes.
@@ -259,6 +339,7 @@ def run_arms(
         The rows of `summarise`.
     """
     arms: dict[str, Model] = {}
+    costs: dict[str, dict[str, float]] = {}
     for name, recipe in plans.items():
         if not recipe.phases:
             arms[name] = untrained(recipe)
@@ -266,24 +347,76 @@ def run_arms(
         arms[name], history = train_recipe(recipe, out, device=device, progress=progress, log=log)
         learning_curves(history, out / f"learning-{name}.png")
         arms[name].save(out / "models" / name, overwrite=True)
+        costs[name] = _cost(name, recipe, arms[name], out, device)
     bfloat16 = any(recipe.precision == "bfloat16" for recipe in plans.values())
     precision = torch.bfloat16 if bfloat16 else torch.float32
     results = compare(arms, task, trial, out / "trials", device=device, precision=precision, progress=trials)
     rows = summarise(results, list(task.targets), trial.seed)
-    seconds = {name: model.card.get("seconds", {}) for name, model in arms.items()}
-    write_json(out / "result.json", {"task": task.name, "rows": rows, "training_seconds": seconds})
+    write_json(out / "result.json", {"task": task.name, "rows": rows, "costs": costs, "trial": asdict(trial)})
     with replacing(out / "table.md") as beside:
-        beside.write_text(markdown_table(rows, list(plans)) + "\n", encoding="utf-8")
-    for shots in trial.shots:
-        chosen = [row for row in rows if row["shots"] == shots]
-        curves_over_adaptation(
-            {key: by_steps(chosen, key) for key in ("dice", "interval")}, out / f"adaptation-{shots}-scans.png"
-        )
+        tables = [markdown_table(rows, list(plans), key) for key in ("dice", "surface_dice")]
+        titles = ["Dice", f"Surface Dice at {trial.tolerance_mm} mm", "Cost"]
+        tables.append(cost_table(costs, rows))
+        parts = [f"**{title}**\n\n{table}\n" for title, table in zip(titles, tables, strict=True)]
+        beside.write_text("\n".join(parts), encoding="utf-8")
+    draw_curves(rows, out)
     return rows
 
 
+def _cost(name: str, recipe: Recipe, model: Model, out: Path, device: torch.device | str) -> dict[str, float]:
+    """Seconds of the last phase; time and memory of one of its meta-steps; measured once, kept in `costs/`."""
+    file = out / "costs" / f"{name}-{recipe.key(len(recipe.phases))}.json"
+    if not file.exists():
+        precision = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
+        learner = model.learner.to(device).train()
+        episode = phase_episodes(recipe, len(recipe.phases) - 1, out)[0].to(device)
+
+        def meta_step() -> None:
+            learner.zero_grad(set_to_none=True)
+            with autocast(device, precision):
+                loss = learner.meta_loss(episode)
+            loss.backward()
+
+        def plain_pass() -> None:
+            learner.zero_grad(set_to_none=True)
+            with autocast(device, precision):
+                logits = learner.net(episode.query.image, learner.net.grow(episode.query.channels, 1))
+            dice_cross_entropy(logits, episode.query.mask.clamp(max=1)).backward()
+
+        seconds = median_seconds({"plain": plain_pass, "meta": meta_step}, 3, device)
+        learner.zero_grad(set_to_none=True)
+        peak = peak_memory(meta_step, device)
+        learner.zero_grad(set_to_none=True)
+        learner.eval()
+        last = recipe.phases[-1].name
+        cost = {"meta_seconds": model.card["seconds"][last], "time_ratio": seconds["meta"] / seconds["plain"]}
+        write_json(file, cost | {"peak_bytes": peak})
+    return read_json(file)
+
+
+def draw_curves(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Dice over the number of scans and over the seconds of adaptation, one panel for each arm."""
+    baselines = [arm for arm in ("scratch", BASELINE) if any(row["arm"] == arm for row in rows)]
+    for method, steps in dict.fromkeys((row["method"], row["steps"]) for row in rows):
+        chosen = [row for row in rows if (row["method"], row["steps"]) == (method, steps)]
+        path = out / f"shots-{describe_adaptation(method, steps, '-')}.png"
+        arm_panels(_series(chosen, "shots"), path, baselines=baselines, label="labelled scans")
+    for shots in dict.fromkeys(row["shots"] for row in rows):
+        chosen = [row for row in rows if row["shots"] == shots and row["method"] != "inner"]
+        if chosen:
+            path = out / f"time-{shots}-scans.png"
+            arm_panels(_series(chosen, "adapt_seconds"), path, baselines=baselines, label="seconds of adaptation")
+
+
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[tuple[float, float, float, float]]]:
+    series: dict[str, list[tuple[float, float, float, float]]] = {}
+    for row in sorted(rows, key=lambda row: row[key]):
+        series.setdefault(row["arm"], []).append((row[key], row["dice"], *row["interval"]))
+    return series
+
+
 def by_steps(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, dict[str, Any]]:
-    """{steps: {arm: value}} from rows of one number of scans."""
+    """{steps: {arm: value}} from rows of one number of scans and one method."""
     table: dict[str, dict[str, Any]] = {}
     for row in rows:
         table.setdefault(str(row["steps"]), {})[row["arm"]] = row[key]

@@ -13,14 +13,19 @@ import typer
 from rich.console import Console
 
 from medmeta.arguments import (
+    Backend,
     Background,
     Changes,
     Device,
+    Engine,
+    GpusPerWorker,
     ModelFolder,
     Out,
     Precision,
+    PredictionPrecision,
     Seed,
     Targets,
+    Workers,
     read_precision,
     read_targets,
     read_values,
@@ -201,35 +206,58 @@ def adapt(
 @app.command()
 def predict(
     model: ModelFolder,
-    inputs: Annotated[list[Path], typer.Argument(help="Scans and folders of scans.")],
+    inputs: Annotated[list[Path], typer.Argument(help="Scans, folders of scans, DICOM folders, .txt and .csv lists.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the label maps; made when missing.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Segment again what is there already.")] = False,
+    recursive: Annotated[bool, typer.Option("--recursive", help="Search folders within folders.")] = False,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Write probabilities too.")] = False,
+    dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Write DICOM SEG too, for DICOM series.")] = False,
+    backend: Backend = "torch",
+    engine: Engine = "local",
+    workers: Workers = 1,
+    gpus_per_worker: GpusPerWorker = 0.0,
     device: Device = "cpu",
-    precision: Precision = "float32",
+    precision: PredictionPrecision = "float32",
 ) -> None:
-    """Segment scans and folders of scans, each on its own grid.
+    """Segment scans and folders of scans, each on its own grid. Run it again to go on where it was stopped.
 
     Example: medmeta predict kidney scans --out segmented
     """
     from medmeta.console import Reporter
-    from medmeta.prediction import predict as predict_all
+    from medmeta.prediction import predict_each
 
-    segmenter = _segmenter(model)
+    total, counts = 0, {"done": 0, "kept": 0, "failed": 0}
+    failed = []
+
+    def progress(_done: int, of: int) -> None:
+        nonlocal total
+        total = of
+
     with Reporter(console) as reporter:
-        results = predict_all(
-            segmenter,
+        for result in predict_each(
+            _segmenter(model),
             inputs,
             out,
             overwrite=overwrite,
-            progress=lambda done, total: reporter("segmenting", done, total),
+            recursive=recursive,
+            probabilities=probabilities,
+            dicom_seg=dicom_seg,
+            backend=backend,
+            engine=engine,
+            workers=workers,
+            gpus_per_worker=gpus_per_worker,
             device=device,
-            precision=read_precision(precision),
-        )
-    failed = [result for result in results if result.status == "failed"]
+            precision=precision if precision == "auto" else read_precision(precision),
+            progress=progress,
+        ):
+            counts[result.status] += 1
+            failed += [result] if result.status == "failed" else []
+            note = f"{counts['failed']} failed" if failed else ""
+            reporter("segmenting", sum(counts.values()), total, note)
     for result in failed:
         _line(f"failed: {result.scan}: {result.reason}")
-    kept = sum(result.status == "kept" for result in results)
-    _line(f"{len(results) - len(failed) - kept} segmented, {kept} there already, {len(failed)} failed; all in {out}")
+    done, kept = counts["done"], counts["kept"]
+    _line(f"{done} segmented, {kept} there already, {len(failed)} failed; all in {out}")
     raise typer.Exit(1 if failed else 0)
 
 
@@ -268,7 +296,9 @@ def evaluate(
 
 @app.command()
 def benchmark(
-    config: Annotated[Path, typer.Argument(help="YAML config; configs/hold_out_*.yaml are examples.")],
+    config: Annotated[
+        Path, typer.Argument(help="YAML config; configs/hold_out_*.yaml and configs/learners_*.yaml are examples.")
+    ],
     out: Out,
     set_: Changes = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
@@ -284,7 +314,7 @@ def benchmark(
 
     settings = load_config(BenchmarkConfig, config, set_ or ())
     task = settings.held_out_task()
-    plans = {name: settings.recipe(phases) for name, phases in settings.arms.items()}
+    plans = settings.plans()
     # More scans than patients: known now, not after the training.
     draw_supports(task, settings.trial)
     require_resumable(out, resume)
@@ -295,7 +325,7 @@ def benchmark(
             log=reporter.row(steps),
         )  # fmt: skip
     _line(markdown_table(rows, list(plans)))
-    _line(f"Every case, the models and the curves are in {out}")
+    _line(f"Surface Dice and costs are in {out / 'table.md'}. Every case, the models and the curves are in {out}")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from medmeta.benchmark import Trial
 from medmeta.data.tasks import Task
 from medmeta.errors import InputError
-from medmeta.recipe import Phase, Recipe, TaskSource
+from medmeta.learners import LEARNERS, Scratch, Transfer
+from medmeta.recipe import EpisodeSettings, Phase, Recipe, TaskSource
+from medmeta.train import Schedule
 
 
 class NetworkConfig(BaseModel):
@@ -59,20 +62,63 @@ class TrainConfig(BaseModel):
         )
 
 
+class MetaPhase(BaseModel):
+    """A phase of training that every learner of a benchmark goes through."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = "meta"
+    schedule: Schedule
+    episodes: EpisodeSettings = EpisodeSettings()
+
+
 class BenchmarkConfig(TrainConfig):
     """What `medmeta benchmark` reads: training, and a task that is held out of it.
 
     Args:
         held_out: the task to adapt to.
-        arms: name -> phases of training; an empty list is the network as it was initialised (from scratch).
-            Arms that begin alike share that part of the training.
-        trial: shots, lengths, draws.
+        learners: learner -> its options; each is an arm: `phases` first, which all share, then the same `meta` phase
+            with this learner. The joint baselines (transfer, linear) go on with all classes of a task in that phase,
+            since they have an output convolution for each; scratch is the network as it was initialised.
+        meta: that last phase.
+        arms: other arms, name -> phases, in full; no phase is the network as it was initialised. Arms that begin alike
+            share that part of the training.
+        trial: shots, ways to adapt, lengths, draws.
     """
 
     held_out: TaskSource
     phases: tuple[Phase, ...] = ()
-    arms: dict[str, tuple[Phase, ...]]
+    learners: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
+    meta: MetaPhase | None = None
+    arms: dict[str, tuple[Phase, ...]] = Field(default_factory=dict)
     trial: Trial = Trial()
+
+    def plans(self) -> dict[str, Recipe]:
+        """The recipe of each arm, with its tasks read.
+
+        Raises:
+            InputError: no arm, an unknown learner, `learners` without `meta`, or one name for two arms.
+        """
+        arms = {name: self._phases_of(name, options or {}) for name, options in self.learners.items()}
+        twice = sorted(arms.keys() & self.arms.keys())
+        if twice or not (arms or self.arms):
+            found = f"{twice[0]} in both" if twice else "neither"
+            raise InputError("learners and arms", found, "one or more arms, each with a name of its own")
+        return {name: self.recipe(phases) for name, phases in {**arms, **self.arms}.items()}
+
+    def _phases_of(self, name: str, options: dict[str, Any]) -> tuple[Phase, ...]:
+        if name not in LEARNERS:
+            raise InputError(f"learners.{name}", "no such learner", f"one of {sorted(LEARNERS)}")
+        if LEARNERS[name] is Scratch:
+            if options:
+                raise InputError("learners.scratch", f"options {options}", "none: it is never trained")
+            return ()
+        if self.meta is None:
+            raise InputError("meta", "nothing", "episodes and schedule of the phase in which the learners train")
+        episodes = self.meta.episodes
+        if issubclass(LEARNERS[name], Transfer):
+            episodes = replace(episodes, ways=None, mirror=False)
+        return (*self.phases, Phase(self.meta.name, name, self.meta.schedule, options, episodes))
 
     def held_out_task(self) -> Task:
         """The held-out task.

@@ -16,15 +16,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from medmeta.data.folders import listed, some, stem
 from medmeta.data.manifests import as_targets
+from medmeta.data.store import read_case
+from medmeta.data.tasks import Case, Task
 from medmeta.data.volume import Volume, grid_difference, read_labels
+from medmeta.episode import IGNORED
 from medmeta.errors import InputError
 from medmeta.files import write_json
+
+if TYPE_CHECKING:
+    from medmeta.segmenter import Segmenter
 
 METRICS = ("dice", "surface_dice", "hd95_mm")
 
@@ -296,6 +303,28 @@ def _score_case(
         scores = score_masks(*(np.isin(labels, values) for labels in maps), expected.spacing, tolerance_mm)
         rows.append({"case": case, "target": name, **asdict(scores)})
     return rows
+
+
+def score_case(segmenter: Segmenter, task: Task, case: Case, tolerance_mm: float, **options: Any) -> dict[str, Any]:
+    """Segment one labelled scan and score each target. Options as of `Segmenter.predict`.
+
+    Returns:
+        {"case": id, target: {"dice", "surface_dice", "hd95_mm", "missed", "invented"}, ...}.
+
+    Raises:
+        InputError: scan or label map cannot be used.
+    """
+    scan, reference = read_case(task, case)
+    prediction = segmenter.predict(scan, **options)
+    predicted = task.encode(prediction.data, case.id)
+    counted = (reference != IGNORED).numpy()[0]
+    row: dict[str, Any] = {"case": case.id}
+    for name, values in task.targets.items():
+        classes = [number for number, atom in enumerate(task.atoms, start=1) if set(atom) <= set(values)]
+        masks = [torch.isin(mask, torch.tensor(classes)).numpy()[0] & counted for mask in (reference, predicted)]
+        scores = score_masks(masks[0], masks[1], scan.spacing, tolerance_mm)
+        row[name] = {key: getattr(scores, key) for key in ("dice", "surface_dice", "hd95_mm", "missed", "invented")}
+    return row
 
 
 def bootstrap_interval(

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import re
+import csv
+import itertools
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from medmeta.data.folders import stem
-from medmeta.data.volume import Volume, is_volume, read_channels, read_labels, volume_suffix, write_volume
+from medmeta.data.volume import Volume, read_header, read_labels, write_volume
 from medmeta.errors import InputError
-from medmeta.files import write_json
-from medmeta.segmenter import Segmenter
+from medmeta.files import replacing, write_json
+from medmeta.inference import fastest_precision, openvino_predictor
+from medmeta.segmenter import Segmenter, load
+from medmeta.worklist import Manifest, Scan, described, fingerprint, list_scans, locked, refuse_own_inputs
 
-CHANNEL = re.compile(r"(.+)_(\d{4})")
+AHEAD_BYTES = 256 * 2**20
+"""Scans up to this size, as float32, are read while the one before is still being segmented."""
+
+ENGINES = ("local", "ray")
+BACKENDS = ("torch", "openvino")
+STAGES = ("read", "preprocess", "network", "restore", "write")
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,12 @@ class Prediction:
         status: "done", "kept" (it was there already) or "failed".
         reason: why it failed.
         volumes_ml: volume of each structure in ml.
-        seconds: of reading, segmenting and writing; 0 for what was kept.
+        seconds: of all stages; 0 for what was kept.
+        name: of the scan in the run.
+        stages: seconds of reading, preprocessing, network, restoring and writing.
+        quality: the segmenter's own estimate, None where it gives none.
+        notes: what a reader of the label map should know.
+        files: path, size, time of change and SHA-256 of each file it was read from.
     """
 
     scan: Path
@@ -39,169 +54,331 @@ class Prediction:
     reason: str = ""
     volumes_ml: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    name: str = ""
+    stages: dict[str, float] = field(default_factory=dict)
+    quality: float | None = None
+    notes: tuple[str, ...] = ()
+    files: tuple[dict[str, Any], ...] = ()
 
 
 def predict(
-    segmenter: Segmenter,
+    segmenter: Segmenter | str | Path, inputs: str | Path | Sequence[str | Path], out: str | Path, **options: Any
+) -> list[Prediction]:
+    """Segment scans and folders of scans; arguments as of `predict_each`, which tells of each scan as it is done."""
+    return list(predict_each(segmenter, inputs, out, **options))
+
+
+def predict_each(
+    segmenter: Segmenter | str | Path,
     inputs: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     overwrite: bool = False,
+    recursive: bool = False,
+    probabilities: bool = False,
+    dicom_seg: bool = False,
+    backend: str = "torch",
+    engine: str = "local",
+    workers: int = 1,
+    gpus_per_worker: float = 0.0,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype | str = torch.float32,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
-) -> list[Prediction]:
+) -> Iterator[Prediction]:
     """Segment scans and folders of scans; label maps go to `out` under the names of the scans.
 
     Each label map lies on exactly the grid of its scan, in its format (NIfTI for a DICOM series). A readable label map
-    that is there already is kept unless `overwrite`, so a run that was stopped goes on where it was.
+    that is there already is kept unless `overwrite` or its scan has changed, so a run that was stopped goes on where it
+    was; `run.json` in `out` is its memory, `predictions.csv` and `predictions.json` tell what became of each scan.
 
     In a folder, `case_0000.nii.gz` and so on are the channels of one scan where the segmenter takes that many channels,
     or where every scan has the same ones (nnU-Net's names); elsewhere the digits belong to the name.
 
     Args:
-        segmenter: what to segment with.
-        inputs: files, folders, Decathlon or nnU-Net task folders (their imagesTr and imagesTs).
-        out: folder for the label maps and `predictions.json`; made when missing.
+        segmenter: what to segment with, or its folder.
+        inputs: files, folders, Decathlon or nnU-Net task folders (their imagesTr and imagesTs), folders of one or more
+            DICOM series, and lists (.txt, .csv; see `medmeta.worklist.list_scans`).
+        out: folder for the label maps; made when missing. One run at a time writes into it.
         overwrite: segment again what is there already.
+        recursive: search folders within folders.
+        probabilities: write `<name>_probabilities.nii.gz` too, on the working grid.
+        dicom_seg: write `<name>_seg.dcm` too for DICOM series (needs the extra `dicom`).
+        backend: "torch", or "openvino" on Intel and AMD processors (needs the extra `openvino`).
+        engine: "local", or "ray": the same work over a Ray cluster (needs the extra `ray`), whose machines all see the
+            inputs and `out` under the same paths.
+        workers: processes of the Ray engine, one thread each.
+        gpus_per_worker: their share of GPUs.
+        device: where the network runs.
+        precision: a torch dtype, or "auto": bfloat16 where the processor has it, else float32.
         progress: called with (done, total) after each scan.
-        options: as of `Segmenter.probabilities`.
+        options: as of `Segmenter.predict`.
 
     Raises:
-        InputError: nothing to segment, two scans of one name, or `out` is a folder of inputs or cannot be made. A scan
-            that cannot be used raises nothing: its `Prediction` says why.
+        InputError: nothing to segment, `out` is a folder of inputs, cannot be made, is in use, or holds the label maps
+            of another model. A scan that cannot be used raises nothing: its `Prediction` says why.
     """
+    for name, given, known in (("backend", backend, BACKENDS), ("engine", engine, ENGINES)):
+        if given not in known:
+            raise ValueError(f"{name}={given!r}; required: one of {', '.join(known)}")
     out = Path(out)
-    scans = list_scans([inputs] if isinstance(inputs, str | Path) else inputs, len(segmenter.channels))
-    _refuse_clashes(scans, out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(out, error.strerror or str(error), "a folder that can be made", "Name another one.") from error
-    results = []
-    for result in _predict_each(segmenter, scans, out, overwrite, options):
-        results.append(result)
-        write_json(out / "predictions.json", [asdict(each) for each in results])
-        if progress:
-            progress(len(results), len(scans))
-    return results
+    segmenter = segmenter if hasattr(segmenter, "predict") else load(segmenter)
+    paths = [inputs] if isinstance(inputs, str | Path) else inputs
+    scans = list_scans(paths, len(segmenter.channels), recursive=recursive, besides=out)
+    refuse_own_inputs(scans.values(), out)
+    precision = fastest_precision(device) if precision == "auto" else precision
+    work = Work(
+        segmenter, out, {"device": str(device), "precision": precision} | options, backend, probabilities, dicom_seg
+    )
+    with locked(out):
+        settings = {"precision": str(precision), "backend": backend} | {name: str(options[name]) for name in options}
+        manifest = Manifest(out, fingerprint(segmenter), settings, overwrite=overwrite)
+        jobs = manifest.plan(scans.values(), out, overwrite=overwrite)
+        if engine == "ray":
+            from medmeta.ray_engine import on_ray
+
+            results = on_ray(work, jobs, manifest.start, workers, gpus_per_worker)
+        else:
+            results = _locally(work, jobs, manifest.start)
+        done: list[Prediction] = []
+        for result in results:
+            done.append(result)
+            manifest.record(result.name, result.status, result.reason, result.files)
+            _write_account(out, done, list(segmenter.targets))
+            if progress:
+                progress(len(done), len(jobs))
+            yield result
 
 
-def list_scans(inputs: Iterable[str | Path], channels: int) -> dict[str, tuple[Path, ...]]:
-    """Name -> channel files of every scan in some files and folders.
+@dataclass
+class Read:
+    """A scan that is read, on its way to the network; `scan` is None where it is still to be read."""
 
-    Raises:
-        InputError: a path does not exist, holds no scan, or two scans have one name.
-    """
-    scans: dict[str, tuple[Path, ...]] = {}
-    for path in map(Path, inputs):
-        for name, files in _scans_of(path, channels).items():
-            if name in scans:
-                raise InputError(
-                    files[0], f"the name of {scans[name][0]} again", "one scan of each name", "Segment them apart."
-                )
-            scans[name] = files
-    return scans
+    job: Scan
+    scan: Volume | None
+    stages: dict[str, float] = field(default_factory=dict)
+    files: tuple[dict[str, Any], ...] = ()
 
 
-def _scans_of(path: Path, channels: int) -> dict[str, tuple[Path, ...]]:
-    if not path.exists():
-        raise InputError(path, "nothing at this path", "a scan or a folder of scans")
-    # A file that is named outright is tried whatever its name; in a folder only scans are looked at.
-    if not path.is_dir() or is_volume(path):
-        return {stem(path): (path,)}
-    parts = [path / name for name in ("imagesTr", "imagesTs") if (path / name).is_dir()] or [path]
-    files = [file for part in parts for file in sorted(part.iterdir()) if not file.name.startswith(".")]
-    files = [file for file in files if is_volume(file)]
-    if not files:
-        raise InputError(path, "no scans", "files ending in .nii.gz, .nii, .nrrd, .mha or .mhd, or DICOM folders")
-    numbered = _channels_in_names([stem(file) for file in files], channels)
-    scans: dict[str, dict[int, Path]] = {}
-    for file in files:
-        match = CHANNEL.fullmatch(stem(file)) if numbered else None
-        name, number = (match[1], int(match[2])) if match else (stem(file), 0)
-        if number in scans.setdefault(name, {}):
-            found = f"the name of {scans[name][number].name} again"
-            raise InputError(file, found, "one scan of each name", "Segment them apart.")
-        scans[name][number] = file
-    return {name: _channel_files(name, members) for name, members in scans.items()}
+@dataclass
+class Made:
+    """A label map, on its way to its file."""
+
+    read: Read
+    labels: Volume
+    probabilities: Volume | None
+    notes: tuple[str, ...]
 
 
-def _channels_in_names(stems: Sequence[str], channels: int) -> bool:
-    """Whether the four digits at the end of names are channel numbers or just a part of the name."""
-    numbers: dict[str, set[int]] = {}
-    for match in filter(None, map(CHANNEL.fullmatch, stems)):
-        numbers.setdefault(match[1], set()).add(int(match[2]))
-    highest = max((max(found) for found in numbers.values()), default=0)
-    if channels > 1 and highest < channels:
-        return True
-    # All of them nnU-Net's: patient_0001 to patient_0020 are twenty scans, not one.
-    alike = all(found == set(range(highest + 1)) for found in numbers.values())
-    whole = len(stems) == sum(map(len, numbers.values()))
-    return alike and whole and (highest + 1 == channels or len(numbers) > 1)
+@dataclass
+class Work:
+    """How each scan of a run is read, segmented and written. Each step ends the scan with a `Prediction` or goes on."""
 
+    segmenter: Segmenter
+    out: Path
+    options: Mapping[str, Any]
+    backend: str
+    probabilities: bool
+    dicom_seg: bool
 
-def _channel_files(name: str, members: dict[int, Path]) -> tuple[Path, ...]:
-    # A channel that is missing is named where it should be, and found missing there when the scan is read.
-    one = next(iter(members.values()))
-    return tuple(members.get(i, one.with_name(f"{name}_{i:04d}{volume_suffix(one)}")) for i in range(max(members) + 1))
+    def __post_init__(self) -> None:
+        self.predictor = None
+        if self.backend == "openvino":
+            model, channels = self.segmenter.model, len(self.segmenter.channels)
+            shape = (1, channels, *self.segmenter.patch)
+            self.predictor = openvino_predictor(
+                model.learner, self.segmenter.state, shape, precision=self.options["precision"]
+            )
 
+    def output(self, job: Scan) -> Path:
+        return self.out / f"{job.name}{job.suffix}"
 
-def _refuse_clashes(scans: dict[str, tuple[Path, ...]], out: Path) -> None:
-    for files in scans.values():
-        # A DICOM series is a folder itself.
-        if any(out.resolve() in (file.resolve(), file.resolve().parent) for file in files):
-            raise InputError(out, f"the scan {files[0].name} in it", "another folder than that of the scans")
+    def whole(self, job: Scan, keep: bool) -> Prediction:
+        """One scan from file to file."""
+        read = self.read(job, keep)
+        made = self.segment(read) if isinstance(read, Read) else read
+        return self.write(made) if isinstance(made, Made) else made
 
-
-def _predict_each(
-    segmenter: Segmenter, scans: dict[str, tuple[Path, ...]], out: Path, overwrite: bool, options: dict[str, Any]
-) -> Iterator[Prediction]:
-    for name, files in scans.items():
-        suffix = volume_suffix(files[0])
-        output = out / f"{name}{'.nii.gz' if suffix in ('', '.mhd') else suffix}"
-        if not overwrite and (kept := _kept(output)):
-            yield Prediction(files[0], output, "kept", "", _volumes(kept, segmenter))
-            continue
+    def read(self, job: Scan, keep: bool, *, at_most: float = math.inf) -> Read | Prediction:
+        """Read a scan, unless it would take more than `at_most` bytes, or its label map is there to be kept."""
+        if keep and (kept := _kept(self.output(job))):
+            volumes = structure_volumes(kept, self.segmenter.targets)
+            return Prediction(job.files[0], self.output(job), "kept", volumes_ml=volumes, name=job.name)
+        if job.problem:
+            return Prediction(job.files[0], None, "failed", job.problem, name=job.name)
         started = time.perf_counter()
         try:
-            labels = _segment(segmenter, files, options)
-            write_volume(labels, output)
-        except InputError as error:
-            yield Prediction(files[0], None, "failed", str(error).removeprefix(f"{files[0]}: "))
-            continue
+            if (
+                math.isfinite(at_most)
+                and sum(read_header(file).nbytes for file in job.files if not job.slices) > at_most
+            ):
+                return Read(job, None)
+            scan = job.read()
+            files = tuple(described(file) for file in job.sources())
+            self._require_fit(job, scan)
         except Exception as error:  # one bad scan never stops the others, whatever a library makes of it
-            reason = " ".join(str(error).split())[:300]
-            yield Prediction(files[0], None, "failed", f"{type(error).__name__}: {reason}")
-            continue
-        seconds = round(time.perf_counter() - started, 2)
-        yield Prediction(files[0], output, "done", "", _volumes(labels, segmenter), seconds)
+            return self._failed(job, error)
+        return Read(job, scan, {"read": time.perf_counter() - started}, files)
+
+    def segment(self, read: Read) -> Made | Prediction:
+        """Segment a scan, with ever less memory where there is not enough."""
+        notes = [] if _tilt(read.scan) is None else [f"sheared grid, {_tilt(read.scan):.1f} degrees (gantry tilt)"]
+        lacking = ""
+        for note, segmenter, options in self._attempts():
+            try:
+                stages: dict[str, float] = {}
+                scores = None
+                if self.probabilities:
+                    scores = segmenter.probabilities(read.scan, **options, seconds=stages)
+                labels = segmenter.predict(read.scan, **options, probabilities=scores, seconds=stages)
+            except Exception as error:  # as above
+                if not _out_of_memory(error):
+                    return self._failed(read.job, error, read.files)
+                lacking = _one_line(error)
+                continue  # outside of this block the error would hold on to the memory
+            read.stages |= stages
+            return Made(read, labels, scores, (*notes, *([note] if note else [])))
+        required = "more memory; smaller windows and the CPU were tried"
+        error = InputError(read.job.files[0], f"too little memory ({lacking})", required, "Crop the scan.")
+        return self._failed(read.job, error, read.files)
+
+    def write(self, made: Made) -> Prediction:
+        """Write a label map and what belongs to it."""
+        job, output, started = made.read.job, self.output(made.read.job), time.perf_counter()
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            if made.probabilities is not None:
+                write_volume(made.probabilities, output.with_name(f"{_last(job)}_probabilities.nii.gz"))
+            if self.dicom_seg and job.files[0].is_dir():
+                from medmeta.dicom_seg import write_dicom_seg
+
+                write_dicom_seg(
+                    made.labels, job.sources(), self.segmenter.targets, output.with_name(f"{_last(job)}_seg.dcm")
+                )
+            write_volume(made.labels, output)
+            volumes = structure_volumes(made.labels, self.segmenter.targets)
+        except Exception as error:  # as above
+            return self._failed(job, error, made.read.files)
+        stages = made.read.stages | {"write": time.perf_counter() - started}
+        return Prediction(
+            job.files[0],
+            output,
+            "done",
+            volumes_ml=volumes,
+            seconds=round(sum(stages.values()), 2),
+            name=job.name,
+            stages={name: round(stages.get(name, 0.0), 3) for name in STAGES},
+            quality=getattr(made.labels, "quality", None),
+            notes=made.notes,
+            files=made.read.files,
+        )
+
+    def _attempts(self) -> Iterator[tuple[str, Segmenter, dict[str, Any]]]:
+        options = dict(self.options)
+        given = options if self.predictor is None else options | {"predictor": self.predictor}
+        yield "", self.segmenter, given
+        # Smaller windows see less around a voxel, so the result may differ a little: it is noted.
+        stride = self.segmenter.model.learner.net.stride
+        smaller = tuple(min(side, max(stride, side // 2 // stride * stride)) for side in self.segmenter.patch)
+        if smaller != self.segmenter.patch:
+            note = f"segmented in windows of {'x'.join(map(str, smaller))} for lack of memory"
+            yield note, replace(self.segmenter, patch=smaller), options
+        if torch.device(options["device"]).type != "cpu":
+            yield "segmented on the CPU for lack of memory", self.segmenter, options | {"device": "cpu"}
+
+    def _require_fit(self, job: Scan, scan: Volume) -> None:
+        channels = self.segmenter.channels
+        if scan.channels != len(channels):
+            required = f"{len(channels)} ({', '.join(channels)})"
+            remedy = "Segment with a model that was adapted to such scans."
+            raise InputError(job.files[0], f"{scan.channels} channels", required, remedy)
+        if not bool(torch.isfinite(scan.data).any()):
+            found = "NaN or infinity in every voxel"
+            raise InputError(job.files[0], found, "a scan with intensities", "Export it again.")
+
+    def _failed(self, job: Scan, error: Exception, files: tuple[dict[str, Any], ...] = ()) -> Prediction:
+        reason = str(error).removeprefix(f"{job.files[0]}: ") if isinstance(error, InputError) else _one_line(error)
+        return Prediction(job.files[0], None, "failed", reason, name=job.name, files=files)
+
+
+def _locally(work: Work, jobs: Sequence[tuple[Scan, bool]], start: Callable[[Scan], None]) -> Iterator[Prediction]:
+    """Segment one scan after the other, the next one read and the last one written meanwhile."""
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+
+        def ahead(job: Scan, keep: bool) -> Future[Read | Prediction]:
+            if not keep:
+                start(job)
+            return reader.submit(work.read, job, keep, at_most=AHEAD_BYTES)
+
+        coming = ahead(*jobs[0]) if jobs else None
+        going: deque[Future[Prediction]] = deque()
+        for (job, keep), following in itertools.zip_longest(jobs, jobs[1:]):
+            read = coming.result()
+            if isinstance(read, Read) and read.scan is None:
+                read = work.read(job, keep)
+            coming = ahead(*following) if following else None
+            made = work.segment(read) if isinstance(read, Read) else read
+            del read
+            if isinstance(made, Made):
+                going.append(writer.submit(work.write, made))
+            else:
+                going.append(Future())
+                going[-1].set_result(made)
+            del made
+            while going and (len(going) > 1 or coming is None or going[0].done()):
+                yield going.popleft().result()
 
 
 def _kept(output: Path) -> Volume | None:
     """The label map of an earlier run; None where there is none that can be read."""
     try:
-        return read_labels(output) if output.exists() else None
+        return read_labels(output)
     except InputError:
         return None
 
 
-def _segment(segmenter: Segmenter, files: tuple[Path, ...], options: dict[str, Any]) -> Volume:
-    scan = read_channels(files)
-    if scan.channels != len(segmenter.channels):
-        raise InputError(
-            files[0],
-            f"{scan.channels} channels",
-            f"{len(segmenter.channels)} ({', '.join(segmenter.channels)})",
-            "Segment with a model that was adapted to such scans.",
-        )
-    if not bool(torch.isfinite(scan.data).any()):
-        raise InputError(files[0], "NaN or infinity in every voxel", "a scan with intensities", "Export it again.")
-    return segmenter.predict(scan, **options)
+def _last(job: Scan) -> str:
+    return job.name.rpartition("/")[2]
 
 
-def _volumes(labels: Volume, segmenter: Segmenter) -> dict[str, float]:
+def _tilt(scan: Volume) -> float | None:
+    """Degrees by which voxel axes miss the right angle; None where they do not."""
+    axes = scan.affine[:3, :3] / scan.affine[:3, :3].norm(dim=0)
+    cosine = float((axes.T @ axes - torch.eye(3, dtype=torch.float64)).abs().max())
+    return math.degrees(math.asin(min(cosine, 1.0))) if cosine > 1e-3 else None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def structure_volumes(labels: Volume, targets: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """Volume of each structure of a label map, ml."""
     voxel_ml = abs(float(torch.linalg.det(labels.affine[:3, :3]))) / 1000.0
-    return {
-        name: round(float(torch.isin(labels.data, torch.tensor(values)).sum()) * voxel_ml, 3)
-        for name, values in segmenter.targets.items()
-    }
+    voxels = {value: int((labels.data == value).sum()) for values in targets.values() for value in values}
+    return {name: round(sum(voxels[value] for value in set(values)) * voxel_ml, 3) for name, values in targets.items()}
+
+
+def _write_account(out: Path, results: Sequence[Prediction], structures: Sequence[str]) -> None:
+    write_json(out / "predictions.json", [asdict(result) for result in results])
+    with replacing(out / "predictions.csv") as beside, open(beside, "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        stages = [f"{name}_seconds" for name in STAGES]
+        volumes = [f"{name}_ml" for name in structures]
+        table.writerow(["name", "scan", "output", "status", "reason", "notes", "quality", "seconds", *stages, *volumes])
+        for result in results:
+            table.writerow(
+                [
+                    result.name, result.scan, result.output or "", result.status, result.reason,
+                    "; ".join(result.notes), "" if result.quality is None else result.quality, result.seconds,
+                    *(result.stages.get(name, "") for name in STAGES),
+                    *(result.volumes_ml.get(name, "") for name in structures),
+                ]
+            )  # fmt: skip

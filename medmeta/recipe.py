@@ -17,11 +17,11 @@ from medmeta.data.store import Store, StoredTask, fit_preprocess
 from medmeta.data.tasks import Task, load_task, split_patients
 from medmeta.episode import Episode
 from medmeta.errors import InputError
-from medmeta.files import write_json
+from medmeta.files import read_json, write_json
 from medmeta.learners import LEARNERS, MetaLearner, Transfer, build_learner
 from medmeta.networks import SegNet, build_network
 from medmeta.segmenter import Model
-from medmeta.train import Row, Schedule, meta_train
+from medmeta.train import Episodes, Row, Schedule, meta_train
 
 
 @dataclass(frozen=True)
@@ -179,10 +179,12 @@ def train_recipe(
     for number, phase in enumerate(recipe.phases):
         learner = _next_learner(phase, net, learner, training)
         settings = asdict(phase.episodes)
-        episodes = _Slices.of(net, EpisodeSampler(training, **settings, seed=recipe.seed + number))
+        sampler = EpisodeSampler(training, **settings, seed=recipe.seed + number)
+        episodes = _Slices.of(net, sampler)
         checks = EpisodeSampler(held_out, **(settings | {"augment": False, "mirror": False}), seed=recipe.seed + 7919)
         validation = [_Slices.of(net, checks)[index] for index in range(recipe.validation_episodes)]
         place = folder / "phases" / f"{number + 1}-{phase.name}-{recipe.key(number + 1)}"
+        _list_episodes(sampler, phase.schedule, place / "episodes.json")
         rows = meta_train(
             learner,
             episodes,
@@ -200,6 +202,27 @@ def train_recipe(
         history.extend(rows)
     learner = learner.cpu().eval()
     return Model(learner, recipe.voxels, _card(recipe, history)), history
+
+
+def phase_episodes(recipe: Recipe, number: int, folder: Path) -> Episodes:
+    """The training episodes of phase `number` (from 0), as `train_recipe` draws them in `folder`."""
+    net = build_network(recipe.network["name"], **recipe.network.get("options", {}), seed=recipe.seed)
+    training, _ = _prepared(recipe, folder / "store", None)
+    settings = asdict(recipe.phases[number].episodes)
+    return _Slices.of(net, EpisodeSampler(training, **settings, seed=recipe.seed + number))
+
+
+def _list_episodes(sampler: EpisodeSampler, schedule: Schedule, path: Path) -> None:
+    """Write down which scans, classes and flips every episode of a phase is made of, before it begins."""
+    # A phase that the clock ends has no last episode.
+    if schedule.minutes is not None:
+        return
+    count = schedule.steps * schedule.episodes_per_step
+    if path.exists():
+        if read_json(path)[:1] == json.loads(json.dumps([asdict(sampler.plan(0))])):
+            return
+        raise InputError(path, "other episodes than this recipe draws", "the data it began with", "Name a new folder.")
+    write_json(path, [asdict(sampler.plan(index)) for index in range(count)])
 
 
 @dataclass(frozen=True)
@@ -245,13 +268,14 @@ def _split(task: Task, held_out: int, seed: int) -> tuple[Task, Task]:
 
 def _next_learner(phase: Phase, net: SegNet, before: MetaLearner | None, tasks: Sequence[StoredTask]) -> MetaLearner:
     options = dict(phase.options)
-    if isinstance(before, Transfer) and phase.learner != "transfer":
+    joint = issubclass(LEARNERS[phase.learner], Transfer)
+    if joint:
+        options["tasks"] = {task.name: task.classes for task in tasks}
+    elif isinstance(before, Transfer):
         # A meta-learner starts with a head that already tells organs from background.
         before.settle_head()
-    if phase.learner == "transfer":
-        options["tasks"] = {task.name: task.classes for task in tasks}
     learner = build_learner(phase.learner, net, **options)
-    if before is not None and before.name == learner.name:
+    if before is not None and (before.name == learner.name or (joint and isinstance(before, Transfer))):
         learner.load_state_dict(before.state_dict())
     return learner
 

@@ -348,6 +348,57 @@ def curves_over_adaptation(results: Mapping[str, Any], path: str | Path) -> None
     _save(figure, path)
 
 
+def arm_panels(
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    path: str | Path,
+    *,
+    baselines: Sequence[str] = (),
+    label: str,
+) -> None:
+    """Draws one small panel for each arm, with the baselines behind it in grey, all on the same axes.
+
+    Args:
+        series: arm -> points (x, Dice, low, high) by rising x; x above 0.
+        path: the PNG; it appears whole.
+        baselines: arms that every panel repeats.
+        label: what x is.
+
+    Raises:
+        ValueError: no points.
+    """
+    if not any(series.values()):
+        raise ValueError("no Dice values; required: at least one point")
+    arms = [arm for arm in series if arm not in baselines] or list(series)
+    columns = min(4, len(arms))
+    rows = math.ceil(len(arms) / columns)
+    figure = _figure(1.0 + 2.3 * columns, 0.8 + 1.8 * rows)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    greys = dict(zip(baselines, itertools.cycle((":", "--")), strict=False))
+    for axes, arm in itertools.zip_longest(panels, arms):
+        if arm is None:
+            axes.set_visible(False)
+            continue
+        for baseline, line in greys.items():
+            x, dice, _, _ = zip(*series[baseline], strict=True)
+            axes.plot(x, dice, line, color="#777777", linewidth=1.2, label=_ARM_NAMES.get(baseline, baseline))
+        x, dice, low, high = zip(*series[arm], strict=True)
+        axes.fill_between(x, low, high, color=_COLOURS[0], alpha=0.2, linewidth=0)
+        axes.plot(x, dice, marker="o", markersize=3.5, color=_COLOURS[0], linewidth=1.8)
+        axes.set_title(arm.replace("_", " "), fontsize=9)
+        axes.set_xscale("log")
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    ticks = sorted({point[0] for points in series.values() for point in points})
+    if all(float(tick).is_integer() for tick in ticks):
+        panels[0].set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+        panels[0].minorticks_off()
+    figure.supxlabel(label, fontsize=9)
+    figure.supylabel("Dice", fontsize=9)
+    if greys:
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper right", ncols=len(names), frameon=False, fontsize=8)
+    _save(figure, path)
+
+
 def _step_axis(axes: Axes, steps: Sequence[int]) -> None:
     """Doubling lengths lie equally far apart; zero steps keep a place on the left; each length is named."""
     if steps[0] > 0:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,17 @@ from medmeta.data.volume import Volume
 from medmeta.episode import State
 from medmeta.errors import InputError
 from medmeta.files import read_json, read_tensors, write_json, write_tensors
+from medmeta.inference import (
+    Band,
+    Predictor,
+    collect,
+    context_rows,
+    index_map,
+    restore_labels,
+    sliding_bands,
+    timed,
+    torch_predictor,
+)
 from medmeta.learners import MetaLearner, build_learner
 from medmeta.networks import build_network
 
@@ -86,6 +98,8 @@ class Segmenter:
         overlap: float = 0.25,
         device: torch.device | str = "cpu",
         precision: torch.dtype = torch.float32,
+        predictor: Predictor | None = None,
+        seconds: dict[str, float] | None = None,
     ) -> Volume:
         """Class probabilities (1+K, *S) on the working grid.
 
@@ -94,47 +108,68 @@ class Segmenter:
             overlap: share of a window that the next one covers again.
             device: where the network runs.
             precision: bfloat16 runs it under autocast.
+            predictor: what segments a window, see `medmeta.inference`. None: the network, in torch.
+            seconds: given the time of each stage.
 
         Raises:
             ValueError: the scan has another number of channels.
         """
-        from monai.inferers import sliding_window_inference
+        grid, bands = self._bands(scan, overlap, device, precision, predictor, {} if seconds is None else seconds)
+        return Volume(collect(bands, grid.shape), grid.affine)
 
+    @torch.no_grad()
+    def predict(
+        self,
+        scan: Volume,
+        *,
+        overlap: float = 0.25,
+        device: torch.device | str = "cpu",
+        precision: torch.dtype = torch.float32,
+        predictor: Predictor | None = None,
+        seconds: dict[str, float] | None = None,
+        probabilities: Volume | None = None,
+    ) -> Volume:
+        """Label map (1, X, Y, Z) int32 on exactly the scan's grid, in memory that does not grow with the classes.
+
+        Args:
+            probabilities: those of this scan, where they were made before; the network then does not run.
+            overlap, device, precision, predictor, seconds: as of `probabilities`.
+
+        Raises:
+            ValueError: the scan has another number of channels.
+        """
+        seconds = {} if seconds is None else seconds
+        if probabilities is None:
+            grid, bands = self._bands(scan, overlap, device, precision, predictor, seconds)
+        else:
+            grid, bands = probabilities, [(0, probabilities.data)]
+        before, started = seconds.get("network", 0.0), time.perf_counter()
+        indices = index_map(grid.affine, scan.affine)
+        labels = restore_labels(bands, grid.shape, indices, scan.shape, [0, *self.labels])
+        seconds["restore"] = time.perf_counter() - started - (seconds.get("network", 0.0) - before)
+        return Volume(labels, scan.affine)
+
+    def _bands(
+        self,
+        scan: Volume,
+        overlap: float,
+        device: torch.device | str,
+        precision: torch.dtype,
+        predictor: Predictor | None,
+        seconds: dict[str, float],
+    ) -> tuple[Volume, Iterator[Band]]:
+        """The working grid, and the probabilities on it as `restore_labels` takes them."""
         if scan.channels != len(self.channels):
             raise ValueError(
                 f"a scan with {scan.channels} channels; required: {len(self.channels)} ({', '.join(self.channels)})"
             )
+        started = time.perf_counter()
         working = self.preprocess.forward(scan)
-        learner = self.model.learner.to(device).eval()
-        state = {name: tensor.to(device) for name, tensor in self.state.items()}
-        two_dimensional = learner.net.spatial_dims == 2
-
-        def window_probabilities(image: Tensor) -> Tensor:
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == torch.bfloat16):
-                if two_dimensional:
-                    slices = image.movedim(-1, 1).flatten(0, 1)
-                    logits = learner.segment(slices, state)
-                    logits = logits.unflatten(0, (image.shape[0], image.shape[-1])).movedim(1, -1)
-                else:
-                    logits = learner.segment(image, state)
-            return logits.float().softmax(dim=1)
-
-        # Windows at the edge of a small scan repeat its border, as the patches of the sampler do.
-        probabilities = sliding_window_inference(
-            working.data.unsqueeze(0).to(device),
-            self.patch,
-            1,
-            window_probabilities,
-            overlap=overlap,
-            mode="gaussian",
-            padding_mode="replicate",
-        )
-        return Volume(probabilities[0].cpu(), working.affine)
-
-    def predict(self, scan: Volume, **options: Any) -> Volume:
-        """Label map (1, X, Y, Z) int32 on exactly the scan's grid. Options as of `probabilities`."""
-        classes = self.preprocess.inverse_labels(self.probabilities(scan, **options), scan)
-        return Volume(torch.tensor([0, *self.labels], dtype=torch.int32)[classes.int()], scan.affine)
+        seconds["preprocess"] = time.perf_counter() - started
+        predictor = predictor or torch_predictor(self.model.learner, self.state, device=device, precision=precision)
+        context = context_rows(index_map(working.affine, scan.affine), scan.shape)
+        image = working.data.to(device)
+        return working, sliding_bands(image, self.patch, timed(predictor, seconds), overlap=overlap, context=context)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the model folder. Raises InputError where something stands already; `overwrite` replaces a model."""

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -203,7 +203,7 @@ def _gradient(
         torch.manual_seed(seed * 1_000_003 + step)
         for number in range(schedule.episodes_per_step):
             episode = episodes[step * schedule.episodes_per_step + number].to(device)
-            with _autocast(device, precision):
+            with autocast(device, precision):
                 loss = learner.meta_loss(episode) / schedule.episodes_per_step
             loss.backward()
             total += float(loss.detach())
@@ -250,7 +250,7 @@ def validation_dice(learner: nn.Module, episodes: Sequence[Episode], precision: 
     learner.eval()
     scores = []
     for episode in episodes:
-        with torch.no_grad(), _autocast(episode.query.image.device, precision):
+        with torch.no_grad(), autocast(episode.query.image.device, precision):
             found = learner.query_logits(episode).argmax(dim=1)
         counted = episode.query.mask != IGNORED
         for label in range(1, episode.query.classes + 1):
@@ -260,7 +260,8 @@ def validation_dice(learner: nn.Module, episodes: Sequence[Episode], precision: 
     return sum(scores) / max(1, len(scores))
 
 
-def _autocast(device: torch.device | str, precision: torch.dtype):
+def autocast(device: torch.device | str, precision: torch.dtype) -> AbstractContextManager[object]:
+    """Networks in `precision` where that is below float32."""
     if precision == torch.float32:
         return nullcontext()
     return torch.autocast(torch.device(device).type, precision)

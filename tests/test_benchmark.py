@@ -2,20 +2,34 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from medmeta.benchmark import Trial, compare, draw_supports, markdown_table, nested_interval, score_case, summarise
+from medmeta.benchmark import (
+    Trial,
+    compare,
+    cost_table,
+    draw_supports,
+    markdown_table,
+    nested_interval,
+    run_arms,
+    summarise,
+)
 from medmeta.data.phantoms import write_phantoms
 from medmeta.data.tasks import load_task
 from medmeta.data.volume import Volume, read_labels
 from medmeta.errors import InputError
+from medmeta.evaluate import holm, paired_wilcoxon, score_case
+from medmeta.files import read_json
 from medmeta.learners import build_learner
 from medmeta.networks import build_network
+from medmeta.recipe import EpisodeSettings, Phase, Recipe
 from medmeta.segmenter import Model
+from medmeta.train import Schedule
 
-TRIAL = Trial(shots=(1, 2), steps=(0, 2), draws=2, test_patients=2)
+TRIAL = Trial(shots=(1, 2), methods=("inner", "finetune"), steps=(2,), draws=2, test_patients=2)
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +63,32 @@ def test_every_arm_meets_the_same_scans_and_nothing_is_done_twice(task, arms, tm
     times = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     again = compare(arms, task, TRIAL, tmp_path)
     assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == times
-    assert json.dumps(again) == json.dumps([json.loads(json.dumps(r).replace("NaN", "null")) for r in results])
+    assert json.dumps(again) == json.dumps(results)
     rows = summarise(results, list(task.targets))
-    assert {(row["arm"], row["shots"], row["steps"]) for row in rows} == {
-        (arm, shots, steps) for arm in "ab" for shots in (1, 2) for steps in (0, 2)
+    ways = [("inner", 0), ("finetune", 2)]
+    assert {(row["arm"], row["shots"], row["method"], row["steps"]) for row in rows} == {
+        (arm, shots, *way) for arm in "ab" for shots in (1, 2) for way in ways
     }
-    table = markdown_table(rows, ["a", "b"])
-    assert table.count("\n") == 1 + 4
-    assert table.count("**") >= 2 * 4
+    header, _, *lines = markdown_table(rows, ["a", "b"]).splitlines()
+    assert header == "| learner | 1 scan, own rule | 1 scan, 2 steps | 2 scans, own rule | 2 scans, 2 steps |"
+    assert [line.split(" | ")[0] for line in lines] == ["| a", "| b"]
+    assert sum(line.count("**") for line in lines) >= 2 * 4
+    costs = {"a": {"meta_seconds": 12.3, "time_ratio": 4.56, "peak_bytes": 3 * 2**20}}
+    assert "| a | 12 | 4.6 | 3 | own rule" in cost_table(costs, rows)
+
+
+def test_other_weights_or_another_trial_are_other_results(task, arms, tmp_path):
+    trial = Trial(shots=(1,), methods=("inner",), draws=1, test_patients=1)
+    compare({"a": arms["a"]}, task, trial, tmp_path)
+    compare({"a": arms["b"]}, task, trial, tmp_path)
+    compare({"a": arms["a"]}, task, replace(trial, test_patients=2), tmp_path)
+    compare({"a": arms["a"]}, task, replace(trial, draws=2), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3 + 1
+
+
+def test_an_unknown_way_to_adapt_is_refused():
+    with pytest.raises(ValueError, match=r"methods \['magic'\]; required: among"):
+        Trial(methods=("inner", "magic"))
 
 
 class _Oracle:
@@ -92,7 +124,7 @@ def test_the_mean_is_over_targets_then_cases_and_skips_what_neither_mask_holds()
         }
 
     cases = [case("p", 1.0, 0.5), case("q", 0.25, None)]
-    results = [{"arm": "a", "shots": 1, "steps": 5, "adapt_seconds": 1.0, "cases": cases}]
+    results = [{"arm": "a", "shots": 1, "method": "finetune", "steps": 5, "adapt_seconds": 1.0, "cases": cases}]
     (row,) = summarise(results, ["x", "y"])
     assert math.isclose(row["dice"], (0.75 + 0.25) / 2)
     assert math.isclose(row["by_target"]["x"], 0.625)
@@ -109,3 +141,69 @@ def test_the_interval_knows_that_draws_differ():
     standard_error = cases.std() / np.sqrt(40)
     assert math.isclose(high - low, 2 * 1.96 * standard_error, rel_tol=0.15)
     assert low < cases.mean() < high
+
+
+def test_arms_are_tested_against_plain_transfer_case_by_case():
+    rng = np.random.default_rng(1)
+    truth = rng.uniform(0.4, 0.6, size=(2, 12))
+    made = {
+        "transfer": truth,
+        "better": truth + rng.uniform(0.05, 0.1, (2, 12)),
+        "same": truth + rng.normal(0, 0.1, 12),
+    }
+    results = [
+        {
+            "arm": arm,
+            "shots": 1,
+            "method": "finetune",
+            "steps": 5,
+            "adapt_seconds": 1.0,
+            "cases": [
+                {"case": str(number), "x": {"dice": value, "surface_dice": value, "missed": False}}
+                for number, value in enumerate(draw)
+            ],
+        }
+        for arm, draws in made.items()
+        for draw in draws
+    ]
+    rows = {row["arm"]: row for row in summarise(results, ["x"])}
+    plain = [paired_wilcoxon(made[arm].mean(0), truth.mean(0)) for arm in ("better", "same")]
+    assert rows["transfer"]["p"] is None
+    assert [rows[arm]["p"] for arm in ("better", "same")] == holm(plain)
+    table = markdown_table(list(rows.values()), list(rows))
+    marks = {line.split(" | ")[0][2:]: line.rstrip(" |").endswith("+") for line in table.splitlines()[2:]}
+    assert marks == {"transfer": False, "better": True, "same": False}
+    assert "+" not in markdown_table(list(rows.values()), list(rows), "surface_dice")
+
+
+def test_arms_are_trained_on_the_same_listed_episodes_and_compared(task, tmp_path):
+    folders = write_phantoms(tmp_path / "sets", tasks=2, cases=4, seed=3, size_mm=60)
+    schedule = Schedule(2, episodes_per_step=1, validate_every=2, checkpoint_every=1)
+    joint, drawn = EpisodeSettings(1, 1), EpisodeSettings(1, 1, ways=1)
+    pretrain = Phase("pretrain", "transfer", schedule, episodes=joint)
+    arms = {
+        "scratch": (),
+        "transfer": (pretrain, Phase("meta", "transfer", schedule, episodes=joint)),
+        "fomaml": (pretrain, Phase("meta", "fomaml", schedule, {"inner_steps": 1}, drawn)),
+        "maml": (pretrain, Phase("meta", "maml", schedule, {"inner_steps": 1}, drawn)),
+    }
+    network = {"name": "se_unet_3d", "options": {"channels": [8, 16]}}
+    tasks = tuple(load_task(folder) for folder in folders)
+    plans = {name: Recipe(tasks, phases, network, voxels=16**3, validation_episodes=2) for name, phases in arms.items()}
+    trial = Trial(shots=(1, 2), methods=("inner", "finetune"), steps=(1,), draws=1, test_patients=2)
+    out = tmp_path / "out"
+    rows = run_arms(plans, task, trial, out)
+    assert len(rows) == 4 * 2 * 2
+    lists = [read_json(path) for path in sorted(out.glob("phases/2-meta-*/episodes.json"))]
+    assert len(lists) == 3
+    assert sum(each == lists[0] for each in lists) + sum(each == lists[1] for each in lists) in (3, 5), "two alike"
+    episode = lists[0][0]
+    assert not set(episode["support"]) & set(episode["query"])
+    costs = read_json(out / "result.json")["costs"]
+    assert costs.keys() == {"transfer", "fomaml", "maml"}
+    assert costs["maml"]["peak_bytes"] > costs["fomaml"]["peak_bytes"] > 0
+    pictures = {path.name for path in out.glob("*.png")}
+    assert {"shots-own-rule.png", "shots-1-steps.png", "time-1-scans.png", "time-2-scans.png"} <= pictures
+    before = {path: path.stat().st_mtime_ns for path in out.glob("trials/*.json")}
+    assert json.dumps(run_arms(plans, task, trial, out)) == json.dumps(rows)
+    assert {path: path.stat().st_mtime_ns for path in out.glob("trials/*.json")} == before

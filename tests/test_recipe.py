@@ -8,6 +8,7 @@ import torch
 from medmeta.data.phantoms import write_phantoms
 from medmeta.data.tasks import load_task
 from medmeta.errors import InputError
+from medmeta.files import read_json, write_json
 from medmeta.recipe import EpisodeSettings, Phase, Recipe, TaskSource, train_recipe, untrained
 from medmeta.train import Schedule
 
@@ -78,6 +79,26 @@ def test_recipes_that_begin_alike_share_that_part(recipe, tmp_path):
     assert replace(recipe, seed=1).key(1) != recipe.key(1)
 
 
+def test_the_episodes_of_a_phase_are_listed_before_it_and_guarded(recipe, tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def stop(row):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        train_recipe(recipe, tmp_path, log=stop)
+    (path,) = tmp_path.glob("phases/1-*/episodes.json")
+    listed = read_json(path)
+    assert len(listed) == 4
+    known = {case.id for task in recipe.tasks for case in task.cases}
+    assert all(set(episode["support"] + episode["query"]) <= known for episode in listed)
+    listed[0]["support"] = ["another"]
+    write_json(path, listed)
+    with pytest.raises(InputError, match=r"episodes\.json: found other episodes"):
+        train_recipe(recipe, tmp_path)
+
+
 def test_a_2d_network_trains_on_slices(recipe, tmp_path):
     flat = replace(
         recipe,
@@ -98,6 +119,8 @@ def test_unusable_recipes_are_refused(recipe, tmp_path):
         wrong = Phase("a", "maml", QUICK, {"inner_stepps": 2})
         train_recipe(replace(recipe, phases=(wrong,)), tmp_path / "untouched")
     assert not (tmp_path / "untouched").exists()
+    with pytest.raises(InputError, match=r"meta_transfer as the first phase; required: a body that was trained before"):
+        train_recipe(replace(recipe, phases=(Phase("a", "meta_transfer", QUICK),)), tmp_path)
     few = recipe.tasks[0].of_patients(recipe.tasks[0].patients[:3])
     with pytest.raises(InputError, match="at least 4"):
         train_recipe(replace(recipe, tasks=(few,)), tmp_path)

@@ -25,6 +25,7 @@ _UNLIKE_LIMIT = 1e-3  # voxels, mm or direction cosines
 _IMAGE_IO = {".nrrd": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
 _DTYPES = {"signed integer": "int", "unsigned integer": "uint", "float": "float"}
 _AGAIN = "Copy or download it again."
+_LINE_LIMIT = 2**20
 
 
 @contextmanager
@@ -48,9 +49,10 @@ def stored_file(path: Path) -> Stored:
     """
     with _simpleitk() as sitk:
         try:
-            if _IMAGE_IO[path.suffix.lower()] == "MetaImageIO":
-                _require_meta_header(path)
+            _require_own_voxels(path)
             reader = _information(sitk, path, _IMAGE_IO[path.suffix.lower()])
+        except InputError:
+            raise
         except UNREADABLE as error:
             found = f"a damaged file ({reason(error)})"
             raise InputError(path, found, f"a readable {path.suffix.lower()[1:].upper()} file", _AGAIN) from error
@@ -170,11 +172,44 @@ def _information(sitk: ModuleType, path: Path, image_io: str) -> Any:
     return reader
 
 
-def _require_meta_header(path: Path) -> None:
-    # ITK would say so too, but on stderr and over several lines.
+def _require_own_voxels(path: Path) -> None:
+    """Refuse what would lead ITK to other files, or to inflate or skip without end.
+
+    Raises:
+        InputError: such a header.
+        ValueError: no header at all.
+    """
+    nrrd = path.suffix.lower() == ".nrrd"
+    fields = list(_fields(path, nrrd))
+    if not fields:
+        raise ValueError("no header")  # ITK would say so too, but on stderr and over several lines
+    for key, value in fields:
+        if key in ("datafile", "elementdatafile"):
+            beside = path.suffix.lower() == ".mhd" and Path(value).name == value and "%" not in value
+            if value != "LOCAL" and not (beside and value != "LIST" and (path.parent / value).is_file()):
+                required = "them in the same file" + (", or in one beside it" if path.suffix.lower() == ".mhd" else "")
+                raise InputError(path, f"voxels in {value[:80]!r}", required, "Save the scan as one file.")
+        elif key in ("byteskip", "lineskip", "headersize", "compresseddatasize"):
+            most = path.stat().st_size if key == "compresseddatasize" else 0
+            if not re.fullmatch(r"\d{1,18}", value) or int(value) > most:
+                raise InputError(path, f"{key} {value[:80]!r}", f"0 to {most}", f"The header is damaged. {_AGAIN}")
+    given = dict(fields)
+    if not nrrd and given.get("compresseddata", "").lower() == "true" and "compresseddatasize" not in given:
+        raise InputError(path, "compressed voxels without CompressedDataSize", "their size", "Save the scan again.")
+
+
+def _fields(path: Path, nrrd: bool) -> Iterator[tuple[str, str]]:
+    """The fields of an NRRD or MetaImage header: lower case, without spaces in the key."""
     with path.open("rb") as stream:
-        if b"NDims" not in stream.read(4096):
-            raise ValueError("no MetaImage header")
+        while line := stream.readline(_LINE_LIMIT).decode("latin-1").strip():
+            key, separator, value = re.match(r"([^:=]*)([:=]?)(.*)", line, re.DOTALL).groups()
+            key = key.replace(" ", "").lower()
+            if separator:
+                yield key, value.strip()
+            elif not (nrrd and key.startswith(("nrrd0", "#"))):
+                return
+            if not nrrd and key == "elementdatafile":
+                return
 
 
 def _metadata(reader: Any, key: str) -> str:

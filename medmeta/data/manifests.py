@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medmeta.errors import InputError
 
@@ -31,9 +31,10 @@ class Manifest(BaseModel):
         targets: structure -> the label values that make it up; one target for each label where there are none.
         ignored: label values that count neither as background nor as a target.
         patient_pattern: regular expression with one group that matches the patient in a case id.
-        source: URL of the archive.
-        checksum: MD5 sum of the archive.
+        source: URL of the archive, where anybody may fetch it.
+        checksum: MD5 or SHA-256 sum of the archive.
         size_gb: approximate size of the archive in GB.
+        obtain: how to come by the data where there is no `source`, and into which layout to bring them.
         licence: the terms of use.
         reference: the publication to cite.
     """
@@ -50,8 +51,9 @@ class Manifest(BaseModel):
     ignored: list[int] = []
     patient_pattern: str | None = None
     source: str = ""
-    checksum: str = ""
-    size_gb: float | None = None
+    checksum: str = Field(default="", pattern=r"^([0-9a-f]{32}|[0-9a-f]{64})?$")
+    size_gb: float | None = Field(default=None, gt=0)
+    obtain: str = ""
     licence: str = ""
     reference: str = ""
 

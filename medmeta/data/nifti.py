@@ -19,6 +19,7 @@ from medmeta.errors import InputError
 
 _AGAIN = "Copy or download it again."
 _EXPORT = "Export the scan again from its source."
+_OFFSET_LIMIT = 2**26  # bytes of header extensions, which are unpacked to be skipped
 _NO_LOG = logging.Logger("medmeta.nifti")  # nibabel reports each header repair; the ones that matter are errors here
 _NO_LOG.addHandler(logging.NullHandler())
 
@@ -39,9 +40,15 @@ def stored(path: Path) -> Stored:
         raw.check_fix(logger=_NO_LOG, error_level=40)
         unit = raw.get_xyzt_units()[0]
         affine, dtype = raw.get_best_affine().astype(np.float64), raw.get_data_dtype()
-        raw.get_slope_inter(), raw.get_data_offset()
+        raw.get_slope_inter()
+        offset = raw.get_data_offset()
     except (*UNREADABLE, KeyError) as error:
         raise InputError(path, f"a damaged header ({reason(error)})", "a NIfTI header", _EXPORT) from error
+    if not 0 <= offset <= _OFFSET_LIMIT:
+        required = f"an offset of at most {_OFFSET_LIMIT} bytes"
+        raise InputError(
+            path, f"voxels {offset:.6g} bytes into the file", required, f"The header is damaged. {_EXPORT}"
+        )
     if unit not in ("mm", "unknown"):
         raise InputError(path, f"spacing in {unit}", "millimetres", "Convert the affine and set xyzt_units to mm.")
     if dtype.kind not in "iuf":

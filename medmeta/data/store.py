@@ -1,4 +1,8 @@
-"""Preprocessed scans on disk, memory-mapped: made once, drawn from in about a millisecond, RAM flat."""
+"""Preprocessed scans on disk, memory-mapped: made once, drawn from in about a millisecond, RAM flat.
+
+Plain NumPy files, because a random patch comes sooner from them than from compressed chunks (Zarr, Blosc2) and no
+other library is needed; `scripts/benchmark_store.py` measures both, and what the speed costs in disk.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,28 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from medmeta.data.preprocess import Preprocess
 from medmeta.data.tasks import Case, Task
 from medmeta.data.volume import Volume, grid_difference, read_channels, read_labels
 from medmeta.errors import InputError
+from medmeta.files import read_json
 
-FORMAT = 1
+FORMAT = 2
+LIMIT_BYTES = 200 * 2**30
+"""Largest size of a store by default."""
+
+_MAKING = ".making-"
+_CHECKSUMS = "checksums.json"
 _ARRAYS = ("image", "mask")
 PLACES = 4096
 """Foreground voxels remembered for each class of a scan, so that a patch around a tiny organ is found at once."""
@@ -148,13 +160,16 @@ class Store:
     """A folder of prepared scans, keyed by the content of the files and the settings that made them.
 
     A scan is written beside its place and renamed into it, so that a killed or a parallel run leaves no half of one.
+    Where the folder outgrows its limit, the scans that were asked for longest ago go first.
 
     Args:
         folder: where the prepared scans live; made when missing.
+        limit_bytes: largest size of the folder. Scans that this store has handed out stay, whatever the limit.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, *, limit_bytes: int = LIMIT_BYTES) -> None:
+        self.folder, self.limit_bytes = Path(folder), limit_bytes
+        self._handed_out: set[Path] = set()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -181,36 +196,87 @@ class Store:
         return StoredTask(task.name, task.classes, patch, tuple(cases), preprocess)
 
     def case(self, task: Task, case: Case, preprocess: Preprocess) -> StoredCase:
-        """One scan, prepared now or earlier."""
+        """One scan, prepared now or earlier.
+
+        Raises:
+            InputError: the scan cannot be used, or what was prepared of it has other bytes than were written.
+        """
         place = self.folder / self._key(task, case, preprocess)
-        if not place.is_dir():
-            self._write(prepare(task, case, preprocess), place)
+        self._handed_out.add(place)
+        while True:
+            if not place.is_dir():
+                self._write(prepare(task, case, preprocess), place)
+            try:
+                image, mask, places = _read(place)
+                break
+            except (OSError, ValueError, EOFError, BadZipFile) as error:
+                if place.is_dir():
+                    # A full disk or a power cut, not a kill: those leave nothing under this name.
+                    required, remedy = "one as it was written", "Delete this folder: it is made again."
+                    raise InputError(place, "a damaged prepared scan", required, remedy) from error
+                # Another run made room in this moment.
         # An already prepared scan may be asked for under another name: names come from the case, not from the store.
-        try:
-            with np.load(place / "places.npz", allow_pickle=False) as saved:
-                places = {int(label): saved[label] for label in saved.files}
-            image, mask = (np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS)
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
-            # A full disk or a power cut, not a kill: those leave nothing under this name.
-            raise InputError(
-                place, "a damaged prepared scan", "one as it was written", "Delete this folder: it is made again."
-            ) from error
         return StoredCase(case.id, case.patient, image, mask, places)
 
     def _write(self, prepared: StoredCase, place: Path) -> None:
-        beside = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder))
-        try:
+        with self._making() as beside:
             for name in _ARRAYS:
                 np.save(beside / f"{name}.npy", getattr(prepared, name))
             np.savez(beside / "places.npz", **{str(label): voxels for label, voxels in prepared.places.items()})
+            (beside / _CHECKSUMS).write_text(json.dumps(_checksums(beside)), encoding="utf-8")
             try:
                 os.rename(beside, place)
             except OSError:
                 # Another run was first; what it wrote is the same.
                 if not place.is_dir():
                     raise
+        with self._tidying():
+            self._evict()
+
+    @contextmanager
+    def _making(self) -> Iterator[Path]:
+        """A folder to write in, removed in the end; its lock tells other runs that somebody lives there."""
+        with self._tidying():
+            self._sweep()
+            beside = Path(tempfile.mkdtemp(prefix=_MAKING, dir=self.folder))
+            lock = FileLock(f"{beside}.lock")
+            lock.acquire()
+        try:
+            yield beside
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+    def _tidying(self) -> FileLock:
+        return FileLock(self.folder / ".lock")
+
+    def _sweep(self) -> None:
+        """Remove what killed writers left: a folder that is being written in has its lock held."""
+        for lock in self.folder.glob(f"{_MAKING}*.lock"):
+            try:
+                with FileLock(lock, timeout=0):
+                    shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                    lock.unlink(missing_ok=True)
+            except Timeout:
+                continue
+        for folder in self.folder.glob(f"{_MAKING}*/"):
+            if not folder.with_name(f"{folder.name}.lock").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _evict(self) -> None:
+        places = [path for path in self.folder.iterdir() if not path.name.startswith(".") and path.is_dir()]
+        sizes = {place: sum(file.stat().st_size for file in place.iterdir()) for place in places}
+        excess = sum(sizes.values()) - self.limit_bytes
+        for place in sorted(sizes, key=lambda place: place.stat().st_mtime_ns):
+            if excess <= 0:
+                break
+            if place not in self._handed_out:
+                # Under another name first, so that a kill leaves no half of a scan. Who maps its files keeps them.
+                beside = self.folder / f"{_MAKING}{place.name}"
+                os.rename(place, beside)
+                shutil.rmtree(beside, ignore_errors=True)
+                excess -= sizes[place]
 
     def _key(self, task: Task, case: Case, preprocess: Preprocess) -> str:
         digest = hashlib.sha256()
@@ -232,3 +298,22 @@ class Store:
                 with open(part, "rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()[:32]
+
+
+def _checksums(place: Path) -> dict[str, str]:
+    sums = {}
+    for path in sorted(place.glob("*.np?")):
+        with open(path, "rb") as file:
+            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _read(place: Path) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
+    """Image, mask and places of a prepared scan, once all its bytes are found to be those that were written."""
+    if read_json(place / _CHECKSUMS) != _checksums(place):
+        raise ValueError("other bytes than were written")
+    os.utime(place)  # when it was last asked for
+    with np.load(place / "places.npz", allow_pickle=False) as saved:
+        places = {int(label): saved[label] for label in saved.files}
+    image, mask = (np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS)
+    return image, mask, places

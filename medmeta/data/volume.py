@@ -26,7 +26,8 @@ from medmeta.data.stored import UNREADABLE, Stored, by, reason
 from medmeta.errors import InputError
 
 VOXEL_LIMIT_BYTES = 8 * 2**30
-"""Largest scan that is read, in bytes as float32."""
+"""Largest scan that is read, in bytes as float32 or as it is stored, whichever is more. Every reader asks
+`_require_size`, which knows no other limit than the one it is given."""
 
 SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha", ".mhd")
 WRITABLE_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".mhd")  # .mhd is two files: never atomic
@@ -107,6 +108,11 @@ class Header:
         """The direction in which each voxel axis mostly runs, such as "RAS" or "LPI"."""
         return _orientation(self.affine)
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a voxel as it is stored, or as float32 where that is more."""
+        return _itemsize(self.dtype)
+
 
 def volume_suffix(path: str | Path) -> str:
     """The suffix of a volume file in lower case, such as ".nii.gz"; "" for any other name."""
@@ -132,7 +138,7 @@ def read_header(path: str | Path, *, limit_bytes: int = VOXEL_LIMIT_BYTES) -> He
 
     Args:
         path: .nii, .nii.gz, .nrrd, .seg.nrrd, .mha, .mhd, or a folder with one DICOM series.
-        limit_bytes: largest size allowed, as float32.
+        limit_bytes: largest size allowed, as float32 or as stored, whichever is more.
 
     Raises:
         InputError: nothing readable, not 3-D, larger than the limit, or a geometry that is NaN, flat or beyond reason.
@@ -151,7 +157,7 @@ def read_volume(
     Args:
         path: as for `read_header`.
         dtype: a floating-point dtype.
-        limit_bytes: largest size allowed, as float32.
+        limit_bytes: largest size allowed, as float32 or as stored, whichever is more.
 
     Raises:
         InputError: as for `read_header`, or the voxels are truncated or damaged.
@@ -181,7 +187,8 @@ def read_channels(
                 "all channels of a scan on one grid",
                 "Resample the channels onto one grid first.",
             )
-    _require_size(headers[0].path, headers[0].shape, sum(header.channels for header in headers), limit_bytes)
+    channels, itemsize = sum(header.channels for header in headers), max(header.itemsize for header in headers)
+    _require_size(headers[0].path, headers[0].shape, channels, itemsize, limit_bytes)
     volumes = [read_volume(path, dtype=dtype, limit_bytes=limit_bytes) for path in paths]
     data = volumes[0].data if len(volumes) == 1 else torch.cat([volume.data for volume in volumes])
     return Volume(data, volumes[0].affine)
@@ -323,17 +330,21 @@ def _kind(path: Path) -> str:
     return "nifti" if suffix in (".nii", ".nii.gz") else "itk"
 
 
-def _require_size(path: Path, shape: Sequence[int], channels: int, limit_bytes: int) -> int:
-    """Bytes as float32, within the limit."""
+def _require_size(path: Path, shape: Sequence[int], channels: int, itemsize: int, limit_bytes: int) -> int:
+    """Bytes as float32; those of voxels of `itemsize` bytes are within the limit."""
     found = f"{by(shape)} voxels"
     if min(*shape, channels) < 1:
         raise InputError(path, found, "at least one voxel along every axis", f"The header is damaged. {_EXPORT}")
-    nbytes = math.prod(int(size) for size in shape) * channels * 4
-    if nbytes > limit_bytes or max(shape) > _AXIS_LIMIT:
-        found += f" x {channels} channels, {nbytes / 2**30:.6g} GiB as float32"
+    values = math.prod(int(size) for size in shape) * channels
+    if values * itemsize > limit_bytes or max(shape) > _AXIS_LIMIT:
+        found += f" x {channels} channels, {values * itemsize / 2**30:.6g} GiB at {itemsize} bytes each"
         required = f"at most {limit_bytes / 2**30:.6g} GiB (limit_bytes) and {_AXIS_LIMIT} voxels along an axis"
         raise InputError(path, found, required, f"Crop the scan; if it is smaller, its header is damaged. {_EXPORT}")
-    return nbytes
+    return values * 4
+
+
+def _itemsize(dtype: str) -> int:
+    return max(4, np.dtype(dtype).itemsize)
 
 
 def _require_affine(path: Path, affine: np.ndarray) -> None:
@@ -362,7 +373,7 @@ def _stored(path: Path, limit_bytes: int) -> tuple[Header, Stored]:
     else:
         stored = itk.stored_series(path) if kind == "dicom" else itk.stored_file(path)
         affine = _RAS_LPS @ stored.affine
-    nbytes = _require_size(path, stored.shape, stored.channels, limit_bytes)
+    nbytes = _require_size(path, stored.shape, stored.channels, _itemsize(stored.dtype), limit_bytes)
     _require_affine(path, affine)
     affine = affine + 0.0  # no negative zeros
     header = Header(

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from medmeta.learners.base import MetaLearner
-from medmeta.learners.optimisation import FOMAML, MAML
-from medmeta.learners.transfer import Scratch, Transfer
+from medmeta.learners.in_context import InContext
+from medmeta.learners.memory import MemoryAugmented, MetaNetworks, Recurrent
+from medmeta.learners.metric import Attentive, ImageDeformation, Matching, Prototypical, Relation, Siamese
+from medmeta.learners.optimisation import ANIL, FOMAML, IMAML, MAML, MetaSGD, MetaTransfer, Reptile
+from medmeta.learners.transfer import Linear, Scratch, Transfer
 from medmeta.networks import SegNet
 
 LEARNERS: dict[str, type[MetaLearner]] = {
     "maml": MAML,
     "fomaml": FOMAML,
+    "anil": ANIL,
+    "meta_sgd": MetaSGD,
+    "reptile": Reptile,
+    "imaml": IMAML,
+    "meta_transfer": MetaTransfer,
+    "prototypical": Prototypical,
+    "matching": Matching,
+    "siamese": Siamese,
+    "relation": Relation,
+    "attentive": Attentive,
+    "image_deformation": ImageDeformation,
+    "memory_augmented": MemoryAugmented,
+    "meta_networks": MetaNetworks,
+    "recurrent": Recurrent,
+    "in_context": InContext,
     "transfer": Transfer,
+    "linear": Linear,
     "scratch": Scratch,
 }
 
@@ -30,4 +49,28 @@ def build_learner(name: str, net: SegNet, **options: object) -> MetaLearner:
         raise ValueError(f"learner {name!r} with options {options} ({error}); required: among {takes}") from error
 
 
-__all__ = ["FOMAML", "LEARNERS", "MAML", "MetaLearner", "Scratch", "Transfer", "build_learner"]
+__all__ = [
+    "ANIL",
+    "FOMAML",
+    "IMAML",
+    "LEARNERS",
+    "MAML",
+    "Attentive",
+    "ImageDeformation",
+    "InContext",
+    "Linear",
+    "Matching",
+    "MemoryAugmented",
+    "MetaLearner",
+    "MetaNetworks",
+    "MetaSGD",
+    "MetaTransfer",
+    "Prototypical",
+    "Recurrent",
+    "Relation",
+    "Reptile",
+    "Scratch",
+    "Siamese",
+    "Transfer",
+    "build_learner",
+]

@@ -1,4 +1,4 @@
-"""The baselines to beat: multi-task pre-training with plain fine-tuning, and training from scratch."""
+"""The baselines to beat: multi-task pre-training with fine-tuning of all or of the head, and training from scratch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from medmeta.episode import Episode, Examples, State
 from medmeta.learners.base import MetaLearner
+from medmeta.learners.inner import Objective
 from medmeta.losses import dice_cross_entropy
 from medmeta.networks import SegNet
 
@@ -69,18 +70,25 @@ class Transfer(MetaLearner):
             self.net.get_parameter(name).copy_(torch.stack(rows).mean(0))
 
     def adapt(self, support: Examples) -> State:
-        with torch.no_grad():
-            start = self.start(support.channels, support.classes)
-        state = {name: tensor.detach().clone().requires_grad_() for name, tensor in start.items()}
-        optimiser = torch.optim.Adam(state.values(), lr=self.adapt_rate)
+        state = self._copied_start(support)
+        return self._fine_tuned(state, lambda moved: dice_cross_entropy(self.net(support.image, moved), support.mask))
+
+    @torch.no_grad()
+    def _copied_start(self, support: Examples) -> State:
+        start = self.start(support.channels, support.classes)
+        return {name: tensor.detach().clone() for name, tensor in start.items()}
+
+    def _fine_tuned(self, start: State, objective: Objective) -> State:
+        moved = {name: tensor.requires_grad_() for name, tensor in start.items()}
+        optimiser = torch.optim.Adam(moved.values(), lr=self.adapt_rate)
         with torch.enable_grad():
             for _ in range(self.adapt_steps):
                 optimiser.zero_grad()
-                dice_cross_entropy(self.net(support.image, state), support.mask).backward()
+                objective(moved).backward()
                 optimiser.step()
                 # An autocast around this loop would go on with the weights as it cast them in the first step.
                 torch.clear_autocast_cache()
-        return {name: tensor.detach() for name, tensor in state.items()}
+        return {name: tensor.detach() for name, tensor in moved.items()}
 
     def query_logits(self, episode: Episode) -> Tensor:
         """Logits of the query under the training task's own output convolution: pre-training does not adapt."""
@@ -92,6 +100,34 @@ class Transfer(MetaLearner):
         image = torch.cat([episode.support.image, episode.query.image])
         mask = torch.cat([episode.support.mask, episode.query.mask])
         return dice_cross_entropy(self.segment(image, parameters), mask)
+
+
+class Linear(Transfer):
+    """Linear probing: pre-training as in `Transfer`, then fine-tuning of the output convolution alone.
+
+    The body stays as it is, so its features of the support are computed once, and many steps cost little. Arguments as
+    of `Transfer`.
+    """
+
+    name = "linear"
+
+    def __init__(
+        self,
+        net: SegNet,
+        *,
+        tasks: Mapping[str, int] | None = None,
+        adapt_steps: int = 100,
+        adapt_rate: float = 1e-2,
+    ) -> None:
+        super().__init__(net, tasks=tasks, adapt_steps=adapt_steps, adapt_rate=adapt_rate)
+
+    def adapt(self, support: Examples) -> State:
+        state = self._copied_start(support)
+        features = self.net.embed(support.image, state)
+        head = {name: state[name] for name in self.net.head_names}
+        return state | self._fine_tuned(
+            head, lambda moved: dice_cross_entropy(self.net.classify(features, moved), support.mask)
+        )
 
 
 class Scratch(Transfer):

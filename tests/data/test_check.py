@@ -5,12 +5,13 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from medmeta.data.check import Finding, check_path, check_task, summarise
+from medmeta.data.check import REMEDIES, Finding, Problem, Repair, Report, check_path, check_task, fix, summarise
 from medmeta.data.tasks import load_task
 from medmeta.errors import InputError
 
@@ -260,7 +261,157 @@ def test_summary_is_plain_json(folder):
     assert summary["problems"] == {"empty organ": 1, "unreadable": 1}
     assert summary["findings"][0]["file"] == str(folder / "imagesTr/b.nii.gz")
     assert set(summary["findings"][0]) == {"file", "problem", "message", "severity"}
-    assert summarise([], scans=0) == {"scans": 0, "errors": 0, "warnings": 0, "problems": {}, "findings": []}
+    assert summary["orientations"] == {"RAS": 4}
+    assert summary["images"][0] == {
+        "file": str(folder / "imagesTr/a.nii.gz"), "shape": [8, 9, 10], "channels": 1, "spacing": [1.5, 1.5, 3.0],
+        "orientation": "RAS", "dtype": "float32",
+    }  # fmt: skip
+    assert not any(summarise(Report(), scans=0).values())
+
+
+def tilted(degrees: float, axis: int = 2) -> np.ndarray:
+    """The affine of the task with its slices sheared along y, as a tilted gantry does."""
+    affine = AFFINE.copy()
+    affine[1, axis] += np.tan(np.radians(degrees)) * affine[axis, axis]
+    return affine
+
+
+@pytest.mark.parametrize("degrees", [0.1, 1.0, 20.0])
+def test_axes_off_a_right_angle(folder, degrees):
+    for kind in ("image", "label"):
+        edit("b", lambda v, a: (v, tilted(degrees)), kind)(folder)
+    finding = only(check_path(folder))
+    assert (finding.file, finding.problem, finding.severity) == (folder / "imagesTr/b.nii.gz", "affine", "warning")
+    assert f"{degrees:.3g} degrees off" in finding.message
+    for kind in ("image", "label"):
+        edit("b", lambda v, a: (v, tilted(0.02)), kind)(folder)
+    assert check_path(folder) == []
+
+
+def test_a_patient_on_two_sides(folder):
+    for old, new in (("a", "p1_x"), ("b", "p1_y"), ("c", "p2_x"), ("d", "p2_y")):
+        for kind in ("images", "labels"):
+            (folder / f"{kind}Tr/{old}.nii.gz").rename(folder / f"{kind}Tr/{new}.nii.gz")
+    names = ["p1_x", "p2_x", "p2_y"]
+    cases = [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names]
+    describe(folder, training=cases, test=["./imagesTr/p1_y.nii.gz"])
+    assert check_path(folder) == []
+    finding = only(check_path(folder, patient_pattern="^(.*)_"))
+    assert (finding.file, finding.problem, finding.severity) == (folder, "split", "error")
+    assert finding.message == "the patient p1: p1_x is labelled, p1_y is test"
+
+
+def test_a_patient_on_two_sides_of_a_fold(folder):
+    folds = [{"train": ["a", "b"], "val": ["c", "d"]}, {"train": ["a", "c"], "val": ["b", "d"]}]
+    (folder / "splits_final.json").write_text(json.dumps(folds))
+    assert check_path(folder) == []
+    task = load_task(folder)
+    cases = tuple(replace(case, patient="x" if case.id in "ab" else case.id) for case in task.cases)
+    finding = only(check_task(replace(task, cases=cases)))
+    assert finding.file == folder / "splits_final.json"
+    assert finding.message == "the patient x: a is train of fold 1, b is val of fold 1"
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "{}5", '[{"train": ["a"]}]', '[{"train": 1, "val": 2}]', "7"])
+def test_a_file_of_folds_that_is_none(folder, content):
+    (folder / "splits_final.json").write_text(content)
+    finding = only(check_path(folder))
+    assert (finding.file.name, finding.problem) == ("splits_final.json", "unreadable")
+
+
+def test_folds_of_other_cases(folder):
+    (folder / "splits_final.json").write_text(json.dumps([{"train": ["a", "z"], "val": ["b"]}]))
+    assert only(check_path(folder)).message == "fold 0 names cases that are not there: z"
+
+
+def test_advice_says_what_to_do_about_each_kind(folder):
+    assert set(REMEDIES) == set(get_args(Problem))
+    assert check_path(folder).advice() == []
+    break_gzip(folder)
+    for name in "cd":
+        edit(name, with_voxel(5), "label")(folder)
+    lines = check_path(folder).advice()
+    assert [line.split(":")[0] for line in lines] == ["1 x unreadable", "2 x labels"]
+
+
+# ---- repairs
+
+
+def repaired(folder: Path, tmp_path_factory) -> tuple[list[Repair], Path]:
+    """Repairs of a task; its own files stay as they are, bit by bit."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    out = tmp_path_factory.mktemp("out") / "fixed"
+    repairs = fix(check_path(folder), out)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert {repair.copy for repair in repairs if repair.copy} == {path for path in out.rglob("*") if path.is_file()}
+    return repairs, out
+
+
+def test_a_sound_task_needs_no_repair(folder, tmp_path_factory):
+    repairs, out = repaired(folder, tmp_path_factory)
+    assert repairs == []
+    assert not out.exists()
+
+
+def test_labels_on_a_finer_turned_grid_come_onto_the_image(folder, tmp_path_factory):
+    # Twice as fine and flipped along x: each voxel of the image holds 2 x 2 x 2 of one value.
+    fine = organs(1, 2)[::-1].repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    affine = AFFINE @ np.diag([-0.5, 0.5, 0.5, 1.0])
+    affine[:3, 3] = AFFINE[:3, :3] @ [7.25, -0.25, -0.25]
+    save(folder / "labelsTr/b.nii.gz", fine, affine)
+    (repair,), out = repaired(folder, tmp_path_factory)
+    assert (repair.file, repair.copy) == (folder / "labelsTr/b.nii.gz", out / "labelsTr/b.nii.gz")
+    image = nib.load(repair.copy)
+    assert np.array_equal(np.asarray(image.dataobj), organs(1, 2))
+    assert np.array_equal(image.affine, AFFINE)
+
+
+def test_labels_that_would_be_lost_are_not_repaired(folder, tmp_path_factory):
+    edit("b", lambda v, a: (v, np.eye(4)), "label")(folder)
+    edit("c", shifted, "label")(folder)
+    edit("d", with_voxel(1.5), "label")(folder)
+    edit("d", shifted, "label")(folder)
+    repairs, _ = repaired(folder, tmp_path_factory)
+    assert [(repair.file.name, repair.copy is None) for repair in repairs] == [
+        ("b.nii.gz", True), ("c.nii.gz", False), ("d.nii.gz", True),
+    ]  # fmt: skip
+    assert "of its volume" in repairs[0].message
+    assert "1.5" in repairs[2].message
+
+
+def test_a_nearly_orthonormal_affine_is_straightened_with_its_labels(folder, tmp_path_factory):
+    for kind in ("image", "label"):
+        edit("b", lambda v, a: (v, tilted(0.5)), kind)(folder)
+        edit("c", lambda v, a: (v, tilted(15)), kind)(folder)
+    voxels = np.asarray(nib.load(folder / "imagesTr/b.nii.gz").dataobj)
+    repairs, out = repaired(folder, tmp_path_factory)
+    assert [(repair.file.parent.name, repair.file.name, repair.copy is None) for repair in repairs] == [
+        ("imagesTr", "b.nii.gz", False), ("labelsTr", "b.nii.gz", False), ("imagesTr", "c.nii.gz", True),
+    ]  # fmt: skip
+    image, labels = (nib.load(out / kind / "b.nii.gz") for kind in ("imagesTr", "labelsTr"))
+    assert np.array_equal(np.asarray(image.dataobj), voxels)
+    assert np.array_equal(np.asarray(labels.dataobj), organs(1, 2))
+    assert np.array_equal(image.affine, labels.affine)
+    axes = image.affine[:3, :3] / np.linalg.norm(image.affine[:3, :3], axis=0)
+    assert np.abs(axes.T @ axes - np.eye(3)).max() < 1e-6
+    corners = np.array([[x, y, z, 1] for x in (0, 7) for y in (0, 8) for z in (0, 9)])
+    assert np.abs((image.affine - tilted(0.5)) @ corners.T).max() < 0.5 * 1.5
+    shutil.copytree(out, folder, dirs_exist_ok=True)
+    assert [finding.file.name for finding in check_path(folder)] == ["c.nii.gz"]
+
+
+def test_whole_numbers_stay_whole(folder, tmp_path_factory):
+    edit("b", lambda v, a: (v.astype(np.int16), tilted(0.5)))(folder)
+    repairs, _ = repaired(folder, tmp_path_factory)
+    assert nib.load(repairs[0].copy).get_data_dtype() == np.int16
+
+
+def test_repairs_go_into_a_folder_of_their_own(folder, tmp_path_factory):
+    edit("c", shifted, "label")(folder)
+    for taken in (folder, folder / "imagesTr", folder / "dataset.json"):
+        with pytest.raises(InputError, match="new or empty folder"):
+            fix(check_path(folder), taken)
+    fix(check_path(folder), tmp_path_factory.mktemp("empty"))
 
 
 class TestRealScans:

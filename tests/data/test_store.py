@@ -40,6 +40,10 @@ def entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
+def making(folder: Path) -> list[Path]:
+    return sorted(folder.glob(".making-*"))
+
+
 def test_a_scan_is_made_once_and_equals_the_one_made_in_memory(task, tmp_path, monkeypatch):
     preprocess = fit_preprocess(task)
     store = Store(tmp_path / "new" / "store")
@@ -49,11 +53,11 @@ def test_a_scan_is_made_once_and_equals_the_one_made_in_memory(task, tmp_path, m
     assert all(
         same(case, prepare(task, given, preprocess)) for case, given in zip(first.cases, task.cases, strict=True)
     )
-    times = {path: path.stat().st_mtime_ns for path in store.folder.rglob("*")}
+    times = {path: path.stat().st_mtime_ns for path in store.folder.rglob("*") if path.is_file()}
     monkeypatch.setattr(module, "prepare", lambda *_: pytest.fail("made again"))
     second = Store(tmp_path / "new" / "store").task(task, preprocess, voxels=16**3)
     assert all(same(a, b) for a, b in zip(first.cases, second.cases, strict=True))
-    assert {path: path.stat().st_mtime_ns for path in store.folder.rglob("*")} == times
+    assert {path: path.stat().st_mtime_ns for path in store.folder.rglob("*") if path.is_file()} == times
     assert (second.name, second.classes, second.preprocess) == (task.name, task.classes, preprocess)
     assert second.patch == preprocess.patch(16**3, [case.mask.shape for case in first.cases])
     assert list(second.patients) == list(task.patients)
@@ -184,12 +188,13 @@ def test_two_writers_leave_one_good_scan(task, tmp_path):
     assert process.stdout.readline() == "ready\n"
     preprocess = fit_preprocess(task)
     ours = Store(folder).case(task, task.cases[0], preprocess)
-    (entry,) = folder.iterdir()
+    (entry,) = entries(folder)
     times = {path: path.stat().st_mtime_ns for path in entry.iterdir()}
     total, _ = process.communicate("go\n", timeout=60)
     assert process.returncode == 0
     assert float(total) == ours.image.astype("float64").sum()
-    assert list(folder.iterdir()) == [entry]
+    assert entries(folder) == [entry]
+    assert making(folder) == []
     assert {path: path.stat().st_mtime_ns for path in entry.iterdir()} == times
     assert same(Store(folder).case(task, task.cases[0], preprocess), prepare(task, task.cases[0], preprocess))
 
@@ -201,9 +206,60 @@ def test_a_kill_in_the_middle_of_writing_leaves_nothing_wrong(task, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     assert entries(folder) == []
+    assert len(making(folder)) == 2, "what it was writing, and its lock"
     preprocess = fit_preprocess(task)
     assert same(Store(folder).case(task, task.cases[0], preprocess), prepare(task, task.cases[0], preprocess))
     assert len(entries(folder)) == 1
+    assert making(folder) == []
+
+
+def test_a_living_writer_is_not_swept_away(task, tmp_path):
+    folder = tmp_path / "store"
+    process = writer(task, folder, "kill")
+    assert process.stdout.readline() == "ready\n"
+    preprocess = fit_preprocess(task)
+    Store(folder).case(task, task.cases[1], preprocess)
+    assert len(making(folder)) == 2
+    process.kill()
+    process.communicate(timeout=60)
+    (folder / ".making-without-a-lock").mkdir()
+    Store(folder).case(task, task.cases[2], preprocess)
+    assert making(folder) == []
+    assert len(entries(folder)) == 2
+
+
+def test_what_was_asked_for_longest_ago_makes_room(task, tmp_path):
+    preprocess = fit_preprocess(task)
+    Store(tmp_path).task(task, preprocess, voxels=16**3)
+    places = {case.id: tmp_path / key(task, case, preprocess, tmp_path) for case in task.cases}
+    first, second, third = (case.id for case in task.cases)
+    for hours, name in ((3, first), (2, second), (1, third)):
+        os.utime(places[name], (10**9 - 3600 * hours,) * 2)
+    sizes = {name: sum(file.stat().st_size for file in place.iterdir()) for name, place in places.items()}
+    Store(tmp_path).case(task, task.cases[0], preprocess)  # asked for just now
+    changed = replace(preprocess, spacing=tuple(2 * step for step in preprocess.spacing))
+    store = Store(tmp_path, limit_bytes=sizes[first] + sizes[third] + sizes[second] // 2)
+    kept = store.case(task, task.cases[0], changed)
+    assert [name for name, place in places.items() if place.is_dir()] == [first, third]
+    store.limit_bytes = 0
+    again = store.case(task, task.cases[1], changed)
+    assert len(entries(tmp_path)) == 2, "what this store has handed out stays"
+    assert same(kept, prepare(task, task.cases[0], changed))
+    assert same(again, prepare(task, task.cases[1], changed))
+    assert making(tmp_path) == []
+
+
+def test_a_scan_that_another_run_removes_is_made_again(task, tmp_path, monkeypatch):
+    preprocess, store, read = fit_preprocess(task), Store(tmp_path), module._read
+    store.case(task, task.cases[0], preprocess)
+
+    def removed_once(place):
+        monkeypatch.setattr(module, "_read", read)
+        shutil.rmtree(place)
+        return read(place)
+
+    monkeypatch.setattr(module, "_read", removed_once)
+    assert same(store.case(task, task.cases[0], preprocess), prepare(task, task.cases[0], preprocess))
 
 
 def test_an_error_while_writing_leaves_nothing(task, tmp_path, monkeypatch):
@@ -213,7 +269,7 @@ def test_an_error_while_writing_leaves_nothing(task, tmp_path, monkeypatch):
     monkeypatch.setattr(module.np, "savez", full)
     with pytest.raises(OSError, match="No space"):
         Store(tmp_path).case(task, task.cases[0], fit_preprocess(task))
-    assert list(tmp_path.iterdir()) == []
+    assert entries(tmp_path) == making(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["image.npy", "mask.npy", "places.npz"])
@@ -224,6 +280,9 @@ def test_a_damaged_entry_is_named(task, tmp_path, name):
     (entry,) = entries(tmp_path)
     whole = (entry / name).read_bytes()
     (entry / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="damaged prepared scan"):
+        store.case(task, task.cases[0], preprocess)
+    (entry / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(InputError, match="damaged prepared scan") as caught:
         store.case(task, task.cases[0], preprocess)
     assert str(entry) in str(caught.value)

@@ -6,7 +6,10 @@ import gzip
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -490,7 +493,8 @@ DAMAGED = {
     "colour.nii": (lambda: nifti_bytes(datatype=128, bitpix=24), "complex or colour"),
     "unknown.nii": (lambda: nifti_bytes(datatype=77), "damaged header"),
     "offset.nii": (lambda: nifti_bytes(vox_offset=np.nan), "damaged header"),
-    "far.nii.gz": (lambda: GZ(nifti_bytes(vox_offset=1e30)), "truncated or damaged"),
+    "far.nii.gz": (lambda: GZ(nifti_bytes(vox_offset=1e30)), "at most 67108864 bytes"),
+    "before.nii": (lambda: nifti_bytes(vox_offset=-8), "damaged"),
     "intercept.nii": (lambda: nifti_bytes(scl_slope=1, scl_inter=np.nan), "damaged header"),
     "pair.nii": (lambda: nifti_bytes(magic=b"ni1"), "no NIfTI header"),
     "empty.nii.gz": (lambda: b"", "an empty file"),
@@ -516,6 +520,20 @@ DAMAGED = {
         ),
         "colour voxels",
     ),
+    "elsewhere.nrrd": (lambda: nrrd_bytes(data_file="/etc/passwd"), "voxels in '/etc/passwd'"),
+    "beside.nrrd": (lambda: nrrd_bytes(datafile="scan.raw"), "voxels in 'scan.raw'"),
+    "spaced.nrrd": (lambda: nrrd_bytes().replace(b"kinds", b"Data File : /etc/passwd\nkinds"), "/etc/passwd"),
+    "elsewhere.mha": (lambda: mha_bytes().replace(b"= LOCAL", b"= /etc/passwd"), "voxels in '/etc/passwd'"),
+    "colon.mha": (lambda: mha_bytes().replace(b"ElementDataFile = LOCAL", b"ElementDataFile: /etc/passwd"), "passwd"),
+    "elsewhere.mhd": (lambda: mha_bytes().replace(b"= LOCAL", b"= /etc/passwd"), "voxels in '/etc/passwd'"),
+    "above.mhd": (lambda: mha_bytes().replace(b"= LOCAL", b"= ../x.raw"), "voxels in '../x.raw'"),
+    "list.mhd": (lambda: mha_bytes().replace(b"= LOCAL", b"= LIST"), "voxels in 'LIST'"),
+    "skip.nrrd": (lambda: nrrd_bytes(GZ(bytes(10**7)), encoding="gzip", byte_skip="-1"), "byteskip '-1'"),
+    "lines.nrrd": (lambda: nrrd_bytes(line_skip="900000000"), "lineskip '900000000'"),
+    "unsized.mha": (lambda: mha_bytes(zlib.compress(bytes(10**7)), CompressedData="True"), "CompressedDataSize"),
+    "oversized.mha": (lambda: mha_bytes(CompressedData="True", CompressedDataSize="99999999999"), "99999999999"),
+    "negative.mha": (lambda: mha_bytes(CompressedData="True", CompressedDataSize="-5"), "compresseddatasize '-5'"),
+    "header.mha": (lambda: mha_bytes(HeaderSize="99999999999"), "headersize '99999999999'"),
     "scan.dcm": (lambda: b"DICM", "the suffix '.dcm'"),
     "scan": (lambda: b"x", "the suffix ''"),
 }
@@ -559,6 +577,50 @@ def test_the_limit_is_the_callers(tmp_path):
     assert "limit_bytes" in refusal(read_header, tmp_path / "scan.nii.gz", limit_bytes=479)
     assert "limit_bytes" in refusal(read_labels, tmp_path / "scan.nii.gz", limit_bytes=479)
     assert VOXEL_LIMIT_BYTES == 8 * 2**30
+
+
+def test_the_limit_counts_voxels_as_they_are_stored(tmp_path):
+    path = tmp_path / "scan.nii"
+    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6)), np.eye(4)), path)
+    assert nib.load(path).get_data_dtype() == np.float64
+    assert read_header(path, limit_bytes=960).nbytes == 480
+    assert "limit_bytes" in refusal(read_header, path, limit_bytes=959)
+    with pytest.raises(InputError, match="limit_bytes"):
+        read_channels([path, path], limit_bytes=1919)
+
+
+BOMB = 2**27
+
+
+@pytest.mark.parametrize("name", ["bomb.nii.gz", "bomb.nrrd", "bomb.mha"])
+def test_a_bomb_behind_an_honest_header_is_not_unpacked(tmp_path, name):
+    packed = zlib.compress(bytes(BOMB), 9)
+    (tmp_path / name).write_bytes(
+        {
+            "bomb.nii.gz": lambda: GZ(nifti_bytes() + bytes(BOMB), 9),
+            "bomb.nrrd": lambda: nrrd_bytes(GZ(bytes(BOMB), 9), encoding="gzip"),
+            "bomb.mha": lambda: mha_bytes(packed, CompressedData="True", CompressedDataSize=str(len(packed))),
+        }[name]()
+    )
+    code = (
+        "import sys, resource, SimpleITK; from medmeta.data.volume import read_volume;"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; shape = read_volume(sys.argv[1]).shape;"
+        "print(max(shape), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / name)], capture_output=True, text=True, check=True
+    )
+    longest, kib = map(int, done.stdout.split())
+    assert longest <= 6
+    assert kib < BOMB // 1024 // 4
+
+
+def test_voxels_beside_a_metaimage_header_are_read(tmp_path):
+    header = mha_bytes(b"").replace(b"= LOCAL", b"= scan.raw")
+    (tmp_path / "scan.mhd").write_bytes(header)
+    assert "voxels in 'scan.raw'" in refusal(read_volume, tmp_path / "scan.mhd")
+    (tmp_path / "scan.raw").write_bytes(bytes(range(24)))
+    assert read_volume(tmp_path / "scan.mhd").data.flatten().sum() == sum(range(24))
 
 
 def test_a_header_is_read_without_its_voxels(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from medmeta.learners.inner import descend
+from medmeta.learners.inner import conjugate_gradient, descend, implicit_gradient, path, with_gradients
 
 STEPS = [1, 3]
 CLIPS = [None, 0.2]
@@ -44,9 +44,16 @@ class Problem:
     def descended(self, **options) -> dict[str, Tensor]:
         return descend(self.objective, self.start, self.rates, **options)
 
+    def path_loss(self, **options) -> Tensor:
+        """The sum of the query losses along the path, each weighted by its number."""
+        states = path(self.objective, self.start, self.rates, **options)
+        return sum(number * self.loss(state, self.query) for number, state in enumerate(states))
+
     def meta_gradient(self, **options) -> dict[str, Tensor]:
         """Of the query loss, with respect to the start and the rates (under their name and 'rate')."""
-        loss = self.loss(self.descended(**options), self.query)
+        return self.gradient(self.loss(self.descended(**options), self.query))
+
+    def gradient(self, loss: Tensor) -> dict[str, Tensor]:
         names = [*self.start, *(f"rate {name}" for name in self.rates)]
         found = torch.autograd.grad(loss, [*self.start.values(), *self.rates.values()], allow_unused=True)
         return {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
@@ -71,12 +78,16 @@ def reference_gradient(problem: Problem, steps: int, clip: float | None) -> dict
     return of_start | {f"rate {name}": tensor for name, tensor in of_rates.items()}
 
 
-def difference_gradient(problem: Problem, width: float, **options) -> dict[str, Tensor]:
+def descended_loss(problem: Problem, **options) -> Tensor:
+    return problem.loss(problem.descended(**options), problem.query)
+
+
+def difference_gradient(problem: Problem, width: float, loss=descended_loss, **options) -> dict[str, Tensor]:
     """Central differences of the query loss after the descent, one coordinate at a time."""
 
     @torch.no_grad()
     def query_loss() -> float:
-        return float(problem.loss(problem.descended(**options), problem.query))
+        return float(loss(problem, **options))
 
     found = {}
     named = problem.start | {f"rate {name}": tensor for name, tensor in problem.rates.items()}
@@ -124,10 +135,10 @@ class TestSecondOrder:
     def test_first_order_fails_both(self, activation, steps, clip) -> None:
         """What the two tests above are worth."""
         problem = Problem(activation)
-        first = problem.meta_gradient(steps=steps, clip=clip, order=1)
-        assert not any(name.startswith("rate") for name in first)
-        second = {name: tensor for name, tensor in reference_gradient(problem, steps, clip).items() if name in first}
-        assert furthest(first, second) > 100 * 1e-5
+        found = problem.meta_gradient(steps=steps, clip=clip, order=1)
+        first = {name: found[name] for name in problem.start}
+        second = reference_gradient(problem, steps, clip)
+        assert furthest(first, {name: second[name] for name in first}) > 100 * 1e-5
         expected = difference_gradient(problem, WIDTHS[activation], steps=steps, clip=clip)
         assert furthest(first, {name: expected[name] for name in first}) > 100 * 1e-5
 
@@ -140,6 +151,49 @@ def test_the_clip_of_these_tests_clips(clip) -> None:
     if clip is not None:
         slopes = [(problem.start[name] - clipped[name]) / problem.rates[name] for name in problem.rates]
         assert torch.cat([slope.flatten() for slope in slopes]).norm().item() == pytest.approx(clip)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_losses_along_the_path(activation, clip) -> None:
+    """Against torch.func and against finite differences."""
+    problem = Problem(activation)
+
+    def path_loss(start, rates) -> Tensor:
+        states = (reference_descent(problem, start, rates, steps, clip) for steps in range(4))
+        return sum(number * problem.loss(state, problem.query) for number, state in enumerate(states))
+
+    of_start, of_rates = grad(path_loss, argnums=(0, 1))(detached(problem.start), detached(problem.rates))
+    expected = of_start | {f"rate {name}": tensor for name, tensor in of_rates.items()}
+    found = problem.gradient(problem.path_loss(steps=3, clip=clip))
+    assert furthest(found, expected) < 1e-10
+    differences = difference_gradient(problem, WIDTHS[activation], Problem.path_loss, steps=3, clip=clip)
+    assert furthest(found, differences) < 1e-5
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_path_goes_through_every_shorter_descent(order, optimiser, enabled) -> None:
+    problem = Problem()
+    options = {"order": order, "optimiser": optimiser}
+    with torch.set_grad_enabled(enabled):
+        passed = 0
+        for steps, state in enumerate(path(problem.objective, problem.start, problem.rates, 3, **options)):
+            assert torch.is_grad_enabled() == enabled
+            assert furthest(state, problem.descended(steps=steps, **options)) == 0
+            passed += 1
+    assert passed == 4
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_without_gradients_nothing_is_shared_with_the_start(steps) -> None:
+    problem = Problem()
+    before = detached(problem.start)
+    with torch.no_grad():
+        for tensor in problem.descended(steps=steps).values():
+            tensor.zero_()
+    assert furthest(problem.start, before) == 0
 
 
 @pytest.mark.parametrize("rate", [0.07, torch.tensor(0.07, dtype=torch.float64)])
@@ -156,6 +210,9 @@ def test_first_order_is_the_gradient_at_the_end_given_to_the_start(steps, clip) 
     problem = Problem()
     end = reference_descent(problem, detached(problem.start), detached(problem.rates), steps, clip)
     expected = grad(lambda parameters: problem.loss(parameters, problem.query))(end)
+    for name, rate in detached(problem.rates).items():
+        sum_of_gradients = (problem.start[name].detach() - end[name]) / rate
+        expected[f"rate {name}"] = -sum_of_gradients * expected[name]
     assert furthest(problem.descended(steps=steps, clip=clip, order=1), end) < 1e-12
     assert furthest(problem.meta_gradient(steps=steps, clip=clip, order=1), expected) < 1e-12
 
@@ -343,3 +400,162 @@ def test_refuses_what_it_cannot_do(options, says) -> None:
     problem = Problem()
     with pytest.raises(ValueError, match=says):
         descend(problem.objective, problem.start, **{"rates": problem.rates, "steps": 1} | options)
+
+
+def test_given_gradients_take_the_place_of_a_losss_own() -> None:
+    problem = Problem()
+    gradients = {name: torch.full_like(tensor, 0.5) for name, tensor in problem.start.items()}
+    loss = problem.objective(problem.start)
+    doubled = {name: 2.0 * tensor for name, tensor in problem.start.items()}
+    made = with_gradients(loss, doubled, gradients)
+    assert made == loss
+    for found in torch.autograd.grad(made, list(problem.start.values())):
+        assert (found == 1.0).all()
+
+
+SHAPES = {"a": (3, 2), "b": (4,)}
+SIZE = 10
+
+
+def vector(seed: int) -> Tensor:
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def named(flat: Tensor) -> dict[str, Tensor]:
+    return {"a": flat[:6].view(SHAPES["a"]), "b": flat[6:]}
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].flatten() for name in SHAPES])
+
+
+def matrix(seed: int, rank: int = SIZE) -> Tensor:
+    """Symmetric, with eigenvalues of 1 to `rank` and else 0."""
+    square = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    axes = torch.linalg.qr(square).Q[:, :rank]
+    return axes @ torch.diag(torch.arange(1.0, rank + 1, dtype=torch.float64)) @ axes.T
+
+
+class Product:
+    """A matrix known by its products, which it counts."""
+
+    def __init__(self, dense: Tensor) -> None:
+        self.dense, self.count = dense, 0
+
+    def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.count += 1
+        return named(self.dense @ flat(tensors))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_conjugate_gradient_against_a_dense_solve(seed) -> None:
+    dense, right = matrix(seed), vector(seed + 10)
+    found = conjugate_gradient(Product(dense), named(right), 2 * SIZE, 1e-12)
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == SHAPES
+    torch.testing.assert_close(flat(found), torch.linalg.solve(dense, right), rtol=1e-9, atol=1e-9)
+
+
+def test_conjugate_gradient_needs_as_many_products_as_there_are_eigenvalues() -> None:
+    product = Product(3.0 * torch.eye(SIZE, dtype=torch.float64))
+    found = conjugate_gradient(product, named(vector(1)), SIZE)
+    torch.testing.assert_close(flat(found), vector(1) / 3.0)
+    assert product.count == 1
+
+
+@pytest.mark.parametrize("iterations", [1, 4])
+def test_conjugate_gradient_stops_at_its_limit_nearer_than_before(iterations) -> None:
+    """In the norm of A every step comes nearer."""
+    dense, right, product = matrix(2), vector(3), Product(matrix(2))
+    exact = torch.linalg.solve(dense, right)
+
+    def distance(steps: int) -> float:
+        error = flat(conjugate_gradient(Product(dense), named(right), steps)) - exact
+        return float(error @ dense @ error)
+
+    conjugate_gradient(product, named(right), iterations)
+    assert product.count == iterations
+    assert 0 < distance(iterations + 1) < distance(iterations) < distance(iterations - 1)
+
+
+def test_conjugate_gradient_stops_where_it_is_good_enough() -> None:
+    dense, right = matrix(4), vector(5)
+    exact, loose = Product(dense), Product(dense)
+    conjugate_gradient(exact, named(right), 50, 1e-10)
+    found = flat(conjugate_gradient(loose, named(right), 50, 1e-2))
+    assert loose.count < exact.count <= SIZE + 2
+    assert (dense @ found - right).norm() <= 1e-2 * right.norm()
+
+
+def test_conjugate_gradient_of_nothing_is_nothing() -> None:
+    product = Product(matrix(0))
+    found = conjugate_gradient(product, named(torch.zeros(SIZE, dtype=torch.float64)), 5)
+    assert not flat(found).any()
+    assert product.count == 0
+
+
+def test_conjugate_gradient_on_a_singular_system_finds_the_shortest_solution() -> None:
+    dense = matrix(6, rank=4)
+    right = dense @ vector(7)
+    found = flat(conjugate_gradient(Product(dense), named(right), SIZE, 1e-10))
+    torch.testing.assert_close(found, torch.linalg.pinv(dense) @ right, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_conjugate_gradient_without_curvature_gives_the_right_side(scale) -> None:
+    found = flat(conjugate_gradient(Product(scale * matrix(0)), named(vector(1)), 5))
+    assert torch.equal(found, vector(1))
+
+
+def test_conjugate_gradient_stops_before_a_direction_that_curves_downward() -> None:
+    diagonal = torch.ones(SIZE, dtype=torch.float64)
+    diagonal[0] = -1.0
+    right = torch.ones(SIZE, dtype=torch.float64)
+    right[0] = 0.1
+    found = flat(conjugate_gradient(Product(torch.diag(diagonal)), named(right), 5))
+    torch.testing.assert_close(found, right * (9.01 / 8.99), rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("strength", [0.3, 2.0])
+def test_implicit_gradient_of_a_quadratic(strength) -> None:
+    """argmin of x Q x / 2 - c x + strength / 2 |x - theta|^2 has a closed form, and so has what the outer loss sees."""
+    dense, linear, target = matrix(1), vector(2), vector(3)
+    regular = dense + strength * torch.eye(SIZE, dtype=torch.float64)
+
+    def argmin(theta: Tensor) -> Tensor:
+        return torch.linalg.solve(regular, linear + strength * theta)
+
+    def outer(theta: Tensor) -> Tensor:
+        return (argmin(theta) - target).pow(4).sum()
+
+    def objective(parameters: dict[str, Tensor]) -> Tensor:
+        point = flat(parameters)
+        return 0.5 * point @ dense @ point - linear @ point
+
+    end = argmin(vector(4))
+    gradient = named(4.0 * (end - target) ** 3)
+    with torch.no_grad():
+        found = implicit_gradient(objective, named(end), gradient, strength, iterations=20, tolerance=1e-12)
+    assert not any(tensor.requires_grad for tensor in found.values())
+    torch.testing.assert_close(flat(found), grad(outer)(vector(4)), rtol=1e-8, atol=1e-8)
+
+
+def test_damping_is_added_to_the_identity() -> None:
+    dense = matrix(1)
+    found = implicit_gradient(
+        lambda parameters: 0.5 * flat(parameters) @ dense @ flat(parameters),
+        named(vector(2)),
+        named(vector(3)),
+        0.5,
+        damping=0.7,
+        iterations=20,
+        tolerance=1e-12,
+    )
+    system = 1.7 * torch.eye(SIZE, dtype=torch.float64) + dense / 0.5
+    torch.testing.assert_close(flat(found), torch.linalg.solve(system, vector(3)), rtol=1e-8, atol=1e-8)
+
+
+def test_implicit_gradient_where_nothing_curves_is_the_gradient() -> None:
+    found = implicit_gradient(
+        lambda parameters: 0.0 * flat(parameters).pow(2).sum(), named(vector(1)), named(vector(2)), 1.0
+    )
+    torch.testing.assert_close(flat(found), vector(2))

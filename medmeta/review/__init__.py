@@ -1,0 +1,336 @@
+"""The review page: cases, worst first, beside an interactive viewer; a folder that opens from disk without network.
+
+    report/index.html   the page; review.css and review.js beside it
+    report/data.js      names, scores, settings
+    report/niivue.js    the viewer: NiiVue, out of the package ipyniivue
+    report/volumes/     one file for each case and role, read when the case is opened
+    report/pictures/
+
+A page on disk may not fetch its neighbours but may load them as scripts, so everything is a script: volumes are NIfTI
+in base64. They are written anew with a bare header, on the axes nearest to RAS: nothing else of a header leaves with
+the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import distribution, version
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import nibabel as nib
+import numpy as np
+
+from medmeta.data.manifests import as_targets
+from medmeta.data.stored import by
+from medmeta.data.volume import Volume, grid_difference, read_labels, read_volume
+from medmeta.errors import InputError
+from medmeta.files import replacing
+
+VOXEL_LIMIT = 2**24
+"""Larger volumes are shown on every second, third, ... voxel: 512 x 512 x 64 voxels, about 30 MiB in base64."""
+
+# Okabe and Ito (2008): told apart by people with any of the common colour vision deficiencies.
+_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
+_PAGE = ("review.css", "review.js", "index.html")
+_VERSIONS = ("medmeta", "torch", "monai", "ipyniivue")
+_ROLES = {"scan": read_volume, "reference": read_labels, "prediction": read_labels}
+_SCORES = ("dice", "surface_dice", "hd95_mm", "prediction_ml", "reference_ml", "missed", "invented", "absent")
+
+
+@dataclass(frozen=True)
+class ReviewCase:
+    """One scan and what is known of it.
+
+    Args:
+        name: as shown; any text.
+        scan: the file; its first channel is shown.
+        reference: a label map on the grid of the scan, None where there is none.
+        prediction: a label map on the grid of the scan, None where there is none.
+        scores: structure -> figures, any of dice, surface_dice, hd95_mm, prediction_ml, reference_ml, missed, invented
+            and absent, as in the rows of `evaluate.Evaluation`; other keys are let be, NaN is shown as a dash.
+        quality: expected quality of the prediction, the larger the better.
+        flags: what a reader should know about the case, a few words each.
+        window: the intensities drawn black and white, such as report.CT_WINDOW in HU; by default the 1st and 99.5th
+            percentile of the scan, its darkest value left out.
+    """
+
+    name: str
+    scan: Path
+    reference: Path | None = None
+    prediction: Path | None = None
+    scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    quality: float | None = None
+    flags: Sequence[str] = ()
+    window: tuple[float, float] | None = None
+
+
+def write_review(
+    folder: str | Path,
+    cases: Sequence[ReviewCase],
+    *,
+    targets: Mapping[str, Sequence[int]],
+    title: str,
+    summary: Mapping[str, str] | None = None,
+    pictures: Mapping[str, str | Path] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    voxel_limit: int = VOXEL_LIMIT,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes `report/index.html` under a folder, over an earlier one.
+
+    A volume that cannot be read, or lies on another grid than its scan, is left out, and its case says why.
+
+    Args:
+        folder: made when missing.
+        cases: in any order; the page sorts them.
+        targets: structure -> label values whose union it is, as in `evaluate.evaluate_folders`. Other values are not
+            shown; a value of several structures has the colour of the first that is shown.
+        title: the heading.
+        summary: what to see first, name -> figure.
+        pictures: caption -> picture file, such as curves; copied.
+        settings: names -> values, nested as they come; shown beside the versions of the libraries.
+        voxel_limit: larger volumes are written on a coarser grid, and the page says so.
+        progress: called as progress(done, total) after each case.
+
+    Returns:
+        the page.
+
+    Raises:
+        InputError: the targets are unusable, a picture is missing, the folder cannot be written to, or the installed
+            ipyniivue holds no NiiVue.
+        ValueError: scores of a structure that is no target.
+    """
+    targets = as_targets(targets, (), "targets")
+    for case in cases:
+        if strange := sorted(set(case.scores) - set(targets)):
+            raise ValueError(f"{case.name}: scores of {strange}; required: structures among {list(targets)}")
+    report = Path(folder) / "report"
+    viewer = _niivue()
+    try:
+        _clear(report)
+        copied = _copy_pictures(pictures or {}, report / "pictures")
+        shown = []
+        for number, case in enumerate(cases):
+            shown.append(_write_case(case, number, targets, report / "volumes", voxel_limit))
+            if progress is not None:
+                progress(number + 1, len(cases))
+        data = {
+            "title": title,
+            "summary": {name: str(figure) for name, figure in (summary or {}).items()},
+            "structures": _structures(targets),
+            "cases": shown,
+            "pictures": copied,
+            "settings": dict(_flat(settings or {})),
+            "versions": {"Python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
+        }
+        # ASCII, and NaN as JavaScript has it: this is a script, not JSON.
+        _write(report / "data.js", f"globalThis.reviewData = {json.dumps(data, default=float)};\n")
+        _write(report / "niivue.js", viewer)
+        for name in _PAGE:
+            with as_file(files(__name__) / name) as source, replacing(report / name) as beside:
+                shutil.copyfile(source, beside)
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise InputError(error.filename or report, found, "a folder with free space that can be written to") from error
+    return report / "index.html"
+
+
+def _clear(report: Path) -> None:
+    """Removes what an earlier page left, the page itself first: none may stand that shows half of another."""
+    report.mkdir(parents=True, exist_ok=True)
+    (report / "index.html").unlink(missing_ok=True)
+    for name in ("volumes", "pictures"):
+        if (report / name).exists():
+            shutil.rmtree(report / name)
+        (report / name).mkdir()
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def _niivue() -> str:
+    """NiiVue as a script that sets `globalThis.niivue`.
+
+    The bundle of ipyniivue carries the NiiVue module twice: compiled into the widget, where nothing can reach it, and
+    as a percent-encoded text, which the widget puts into the pages that it saves.
+    """
+    package = distribution("ipyniivue")
+    bundle = Path(package.locate_file("ipyniivue/static/widget.js"))
+    try:
+        encoded = max(re.findall(r'"([\w%.!~*\'()-]{100000,})"', bundle.read_text(encoding="utf-8")), key=len)
+        body, exports = re.fullmatch(r"(.*)export\s*\{([^{}]*\bNiivue\b[^{}]*)\};?\s*", unquote(encoded), re.S).groups()
+    except (OSError, ValueError, AttributeError) as error:
+        required = "the NiiVue module within its bundle"
+        raise InputError(bundle, "none", required, "Install ipyniivue 2.4.") from error
+    names = re.sub(r"([\w$]+) as ([\w$]+)", r"\2: \1", exports)
+    licence = package.read_text("licenses/LICENSE")
+    return f'/*! NiiVue, from ipyniivue {package.version}\n\n{licence}\n*/\n(() => {{ "use strict";\n{body}\n' + (
+        f"globalThis.niivue = {{{names}}};\n}})();\n"
+    )
+
+
+def _copy_pictures(pictures: Mapping[str, str | Path], folder: Path) -> list[dict[str, str]]:
+    copied = []
+    for number, (caption, path) in enumerate(pictures.items()):
+        if not Path(path).is_file():
+            raise InputError(path, "no such file", "a picture")
+        name = f"{number}{Path(path).suffix.lower()}"
+        shutil.copyfile(path, folder / name)
+        copied.append({"caption": caption, "path": f"pictures/{name}"})
+    return copied
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _write_case(
+    case: ReviewCase, number: int, targets: Mapping[str, Sequence[int]], folder: Path, voxel_limit: int
+) -> dict[str, Any]:
+    """Writes the volumes of a case, and returns what the page knows about it."""
+    volumes, problems = _read(case)
+    shown: dict[str, Any] = {
+        "name": case.name,
+        "scores": {name: {key: row[key] for key in _SCORES if key in row} for name, row in case.scores.items()},
+        "quality": case.quality,
+        "flags": list(case.flags),
+        "problems": problems,
+        "volumes": {role: f"{number}-{role}" for role in volumes},
+        "centres": {},
+    }
+    for role, volume in volumes.items():
+        if role == "scan":
+            image = _image(volume.data[0].numpy(), volume.affine.numpy(), voxel_limit)
+            voxels = np.asanyarray(image.dataobj)
+            shown["window"] = case.window or _window(voxels)
+            shown["reduced"] = _reduction(volume, image)
+            image = nib.Nifti1Image(_in_16_bits(voxels), image.affine)
+        else:
+            # Both label maps lie on the grid of the scan, up to rounding; here to the last bit.
+            image = _image(_coded(volume.data[0].numpy(), targets), volumes["scan"].affine.numpy(), voxel_limit)
+            # The reference comes first and has the last word.
+            shown["centres"] = _centres(image, targets) | shown["centres"]
+        # nibabel spreads floats over the whole range of the type that they are stored in.
+        image.set_data_dtype(np.int16)
+        image.header.set_xyzt_units("mm")
+        content = base64.b64encode(gzip.compress(image.to_bytes(), 5, mtime=0)).decode("ascii")
+        name = shown["volumes"][role]
+        _write(folder / f"{name}.js", f'review.receive("{name}", "{content}");\n')
+    return shown
+
+
+def _read(case: ReviewCase) -> tuple[dict[str, Volume], list[str]]:
+    """Role -> volume, the scan first and nothing without it; and what is wrong with the others."""
+    volumes: dict[str, Volume] = {}
+    problems = []
+    for role, read in _ROLES.items():
+        path = getattr(case, role)
+        if path is None:
+            continue
+        try:
+            volume = read(path)
+        except InputError as error:
+            problems.append(f"{role} not shown: {str(error).removeprefix(f'{error.where}: ')}")
+            continue
+        if "scan" in volumes and (difference := grid_difference(volumes["scan"], volume)):
+            problems.append(f"{role} not shown: another grid than the scan: {difference}")
+            continue
+        volumes[role] = volume
+    return (volumes if "scan" in volumes else {}), problems
+
+
+def _image(values: np.ndarray, affine: np.ndarray, voxel_limit: int) -> nib.Nifti1Image:
+    """(X, Y, Z) on the axes nearest to RAS; every n-th voxel, taken along the axes of finest spacing, within the limit.
+
+    Voxels are taken, not averaged: a scan and its label maps then stay on each other.
+    """
+    image = nib.as_closest_canonical(nib.Nifti1Image(values, affine))
+    steps, spacing = np.ones(3, dtype=int), np.asarray(image.header.get_zooms())
+    while np.prod(-(-np.asarray(image.shape) // steps)) > voxel_limit:
+        steps[(spacing * steps).argmin()] += 1
+    return image.slicer[tuple(slice(None, None, int(step)) for step in steps)]
+
+
+def _reduction(volume: Volume, image: nib.Nifti1Image) -> str:
+    """How the page's grid is coarser than the scan's; "" where it is not."""
+    if sorted(volume.shape) == sorted(image.shape):
+        return ""
+    shown, taken = ([round(float(mm), 2) for mm in spacing] for spacing in (image.header.get_zooms(), volume.spacing))
+    return (
+        f"Shown on a coarser grid: {by(image.shape)} voxels of {by(shown)} mm; "
+        f"the scan has {by(volume.shape)} of {by(taken)} mm."
+    )
+
+
+def _window(voxels: np.ndarray) -> tuple[float, float]:
+    finite = voxels[np.isfinite(voxels)]
+    if not finite.size or finite.min() == finite.max():
+        return 0.0, 1.0
+    low, high = np.percentile(finite[finite > finite.min()], (1, 99.5))
+    return (float(low), float(high)) if high > low else (float(finite.min()), float(finite.max()))
+
+
+def _in_16_bits(voxels: np.ndarray) -> np.ndarray:
+    """Integers that fit as int16; all else float, drawn in so far that 16-bit steps serve it, NaN as the least.
+
+    What lies more than 8 widths of the central 99.8 % outside them is drawn in: those keep 12 bits.
+    """
+    finite = voxels[np.isfinite(voxels)]
+    if not finite.size:
+        return np.zeros(voxels.shape, dtype=np.int16)
+    low, high = np.percentile(finite, (0.1, 99.9))
+    reach = 8 * (high - low) or np.inf
+    least, most = max(finite.min(), low - reach), min(finite.max(), high + reach)
+    values = np.clip(np.nan_to_num(voxels, nan=least, neginf=least, posinf=most), least, most)
+    whole = values.astype(np.int16) if least >= -(2**15) and most < 2**15 else values
+    return whole if (whole == values).all() else values
+
+
+def _codes(targets: Mapping[str, Sequence[int]]) -> list[int]:
+    """The label values that are shown. In the volumes of the page a value is its place here, counted from 1."""
+    return sorted({value for values in targets.values() for value in values})
+
+
+def _coded(labels: np.ndarray, targets: Mapping[str, Sequence[int]]) -> np.ndarray:
+    known = _codes(targets)
+    return np.where(np.isin(labels, known), np.searchsorted(known, labels) + 1, 0).astype(np.int16)
+
+
+def _structures(targets: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+    known = _codes(targets)
+    return [
+        {
+            "name": name,
+            "colour": _COLOURS[number % len(_COLOURS)],
+            "codes": [known.index(value) + 1 for value in values],
+        }
+        for number, (name, values) in enumerate(targets.items())
+    ]
+
+
+def _centres(image: nib.Nifti1Image, targets: Mapping[str, Sequence[int]]) -> dict[str, list[float]]:
+    """Structure -> RAS mm of its voxel nearest to its centre of mass, which may itself lie outside."""
+    labels, spacing = np.asanyarray(image.dataobj), image.header.get_zooms()
+    centres = {}
+    for structure in _structures(targets):
+        voxels = np.argwhere(np.isin(labels, structure["codes"]))
+        if len(voxels):
+            nearest = voxels[(((voxels - voxels.mean(axis=0)) * spacing) ** 2).sum(axis=1).argmin()]
+            centres[structure["name"]] = [round(float(mm), 2) for mm in nib.affines.apply_affine(image.affine, nearest)]
+    return centres

@@ -1,0 +1,137 @@
+"""Bands against the whole: windows as MONAI lays them, labels as the whole volume's probabilities give them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from monai.inferers import sliding_window_inference
+from torch import Tensor
+
+from medmeta.data.preprocess import Preprocess
+from medmeta.data.volume import Volume
+from medmeta.inference import collect, context_rows, index_map, restore_labels, sliding_bands
+
+
+def network(windows: Tensor) -> Tensor:
+    """Not a function of the voxel alone: what a window holds and where it begins decide too."""
+
+    def one(image: Tensor) -> Tensor:
+        blurred = torch.nn.functional.avg_pool3d(image, 3, 1, 1, count_include_pad=False)
+        return torch.cat([image.cos(), blurred.sin() + image.mean(), image * blurred], dim=1).softmax(dim=1)
+
+    return torch.cat([one(window.clone()) for window in windows.split(1)])
+
+
+def random_scan(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch", "overlap"),
+    [
+        ((40, 21, 17), (16, 8, 8), 0.25),
+        ((33, 9, 30), (8, 16, 8), 0.5),
+        ((16, 16, 16), (16, 16, 16), 0.25),
+        ((5, 30, 1), (8, 8, 8), 0.25),
+        ((7, 3, 2), (8, 8, 8), 0.0),
+        ((50, 8, 8), (8, 8, 8), 0.9),
+    ],
+)
+def test_bands_are_the_probabilities_of_monai_to_the_last_bit(shape, patch, overlap):
+    image = random_scan(*shape)
+    expected = sliding_window_inference(
+        image.unsqueeze(0), patch, 1, network, overlap=overlap, mode="gaussian", padding_mode="replicate"
+    )[0]
+    for context in (0, 1, 3):
+        bands = sliding_bands(image, patch, network, overlap=overlap, context=context)
+        assert torch.equal(collect(bands, shape), expected)
+
+
+def test_no_band_is_thicker_than_a_window_and_its_context():
+    bands = [(first, rows.shape[1]) for first, rows in sliding_bands(random_scan(90, 8, 8), (16, 8, 8), network)]
+    assert all(rows <= 16 for _, rows in bands)
+    assert [first for first, _ in bands] == [0, *itertools.accumulate(rows for _, rows in bands)][:-1]
+    again = [
+        (first, rows.shape[1]) for first, rows in sliding_bands(random_scan(90, 8, 8), (16, 8, 8), network, context=2)
+    ]
+    assert again == [bands[0], *((first - 2, rows + 2) for first, rows in bands[1:])]
+
+
+def test_empty_space_is_run_once_and_changes_nothing():
+    image = random_scan(64, 16, 16)
+    image[:, 20:] = -2.0
+    seen = []
+
+    def counting(window: Tensor) -> Tensor:
+        seen.extend((window.amax((1, 2, 3, 4)) - window.amin((1, 2, 3, 4))).tolist())
+        return network(window)
+
+    expected = sliding_window_inference(image.unsqueeze(0), (8, 8, 8), 1, network, overlap=0.25, mode="gaussian")[0]
+    assert torch.equal(collect(sliding_bands(image, (8, 8, 8), counting), (64, 16, 16)), expected)
+    assert seen.count(0.0) == 1
+    windows = math.prod(math.ceil((size - 8) / 6) + 1 for size in (64, 16, 16))
+    assert len(seen) < windows / 2
+
+
+@pytest.mark.parametrize("overlap", [-0.1, 1.0])
+def test_an_overlap_beyond_reason_is_refused(overlap):
+    with pytest.raises(ValueError, match=f"overlap={overlap}; required: 0 <= overlap < 1"):
+        next(sliding_bands(random_scan(8, 8, 8), (8, 8, 8), network, overlap=overlap))
+
+
+def turned(
+    order: tuple[int, int, int], flips: tuple[int, ...], spacing: tuple[float, ...], shear: float = 0.0
+) -> Tensor:
+    affine = torch.eye(4, dtype=torch.float64)
+    affine[:3, :3] = torch.diag(torch.tensor(spacing, dtype=torch.float64))[:, list(order)] * torch.tensor(flips)
+    affine[:3, 3] = torch.tensor([-31.0, 17.0, 5.5])
+    angle = 0.3
+    rotation = torch.eye(4, dtype=torch.float64)
+    rotation[:2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    tilt = torch.eye(4, dtype=torch.float64)
+    tilt[1, 2] = shear
+    return rotation @ affine @ tilt
+
+
+@pytest.mark.parametrize("working", [(2.0, 2.0, 4.0), (1.0, 1.0, 3.0), (3.3, 1.7, 2.0)])
+@pytest.mark.parametrize(
+    "affine",
+    [
+        turned((0, 1, 2), (1, 1, 1), (1.0, 1.0, 3.0)),
+        turned((0, 1, 2), (-1, -1, 1), (1.0, 1.0, 3.0)),
+        turned((2, 0, 1), (1, -1, 1), (1.3, 0.8, 2.0)),
+        turned((1, 2, 0), (-1, 1, -1), (1.3, 0.8, 2.0)),
+        turned((0, 1, 2), (1, 1, 1), (1.0, 1.0, 3.0), shear=0.4),
+        turned((1, 0, 2), (1, 1, -1), (1.0, 1.0, 3.0), shear=-0.7),
+        turned((2, 1, 0), (1, 1, 1), (1.0, 1.0, 3.0), shear=0.5),
+    ],
+)
+def test_labels_by_bands_are_those_of_the_whole_volume(affine, working, monkeypatch):
+    monkeypatch.setattr("medmeta.inference.SLAB_VOXELS", 3000)
+    monkeypatch.setattr("medmeta.inference.SCORE_BYTES", 4000)
+    preprocess = Preprocess("MR", working)
+    scan = Volume(random_scan(24, 22, 20), affine)
+    grid = preprocess.forward(scan)
+    smooth = torch.nn.functional.avg_pool3d(grid.data, 3, 1, 1) * 4
+    indices = index_map(grid.affine, scan.affine)
+    context = context_rows(indices, scan.shape)
+    whole = sliding_window_inference(smooth.unsqueeze(0), (8, 8, 8), 1, network, overlap=0.25, mode="gaussian",
+                                     padding_mode="replicate")[0]  # fmt: skip
+    expected = preprocess.inverse_labels(Volume(whole, grid.affine), scan)
+    bands = sliding_bands(smooth, (8, 8, 8), network, context=context)
+    labels = restore_labels(bands, grid.shape, indices, scan.shape, [0, 7, 40000])
+    assert labels.dtype == torch.int32
+    assert len(expected.unique()) > 1, "a test of one class would show nothing"
+    assert torch.equal(labels, torch.tensor([0, 7, 40000], dtype=torch.int32)[expected.int()])
+
+
+def test_a_class_that_wins_at_no_corner_can_win_between_them():
+    """Between two classes a third, second at both, is the largest of the mixture."""
+    corners = torch.tensor([[0.1, 0.5, 0.4], [0.5, 0.1, 0.4]], dtype=torch.float32)
+    probabilities = corners.T.reshape(3, 2, 1, 1)
+    indices = index_map(torch.diag(torch.tensor([2.0, 1, 1, 1])).double(), torch.eye(4, dtype=torch.float64))
+    labels = restore_labels([(0, probabilities)], (2, 1, 1), indices, (3, 1, 1), [0, 1, 2])
+    assert labels.flatten().tolist() == [1, 2, 0]
