@@ -19,12 +19,35 @@ from medmeta.data.tasks import Task, pair_folders
 from medmeta.data.volume import read_channels, read_labels
 from medmeta.episode import Examples, State
 from medmeta.errors import InputError
+from medmeta.evaluate import score_case
+from medmeta.forecast import forecast
 from medmeta.learners import MetaLearner
 from medmeta.losses import dice_cross_entropy
+from medmeta.networks import build_network
 from medmeta.segmenter import Model, Segmenter, as_model
 from medmeta.train import autocast
+from medmeta.tuning import TUNINGS, tune_all
 
-METHODS = ("finetune", "inner")
+METHODS = ("inner", *TUNINGS, "scratch")
+"""The learner's own rule, every way to fine-tune, and fine-tuning of a network that was never trained."""
+
+CANDIDATES = ("finetune", "lora")
+"""What "auto" chooses from."""
+
+FOLDS = 5
+"""Models at most that "auto" trains for each candidate; with more patients several are left out together."""
+
+RATES = {"lora": 2.5, "norms": 2.5, "head": 5.0}
+"""Peak step sizes relative to that of full fine-tuning: the fewer parameters move, the faster they may."""
+
+WARM_UP = 10
+"""Steps over which the step size rises, while the moments of the optimiser settle."""
+
+AVERAGE = 0.98
+"""Decay of the moving average of the weights, which is what adaptation gives."""
+
+PULL = 0.5
+"""Strength with which full fine-tuning is drawn back to its start (L2-SP)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +75,7 @@ def adapt_to(
     model: Model | Segmenter,
     task: Task,
     *,
-    method: str = "finetune",
+    method: str = "auto",
     budget: Budget = Budget(),
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -62,13 +85,15 @@ def adapt_to(
     """Adapt a model to the labelled scans of a task.
 
     The output convolution gets one row for each class and the input convolution one slice for each channel, both grown
-    from what was learned (`SegNet.grow`); all of them then move freely.
+    from what was learned (`SegNet.grow`).
 
     Args:
         model: meta-learned, or adapted before (then its meta-learned part is the start).
         task: 1 to 10 labelled scans; the unlabelled ones are not used.
-        method: "finetune" is AdamW on augmented patches from the learned start; "inner" is the learner's own rule.
-        budget: how long, for "finetune".
+        method: one of `METHODS`, or "auto": the best of `CANDIDATES` by cross-validation over the labelled patients
+            (each left out once, at most `FOLDS` models for each candidate), where there are 3 or more; "finetune" for 1
+            and 2. The card of the segmenter holds the scores and the forecast that follows from them.
+        budget: how long each fine-tuning takes; with "auto" the minutes are those of all of them together.
         seed: which patches and augmentations are drawn.
         device: where to adapt.
         precision: bfloat16 runs the network under autocast.
@@ -79,15 +104,63 @@ def adapt_to(
         ValueError: an unknown method.
         FloatingPointError: the loss is no longer finite.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}; required: one of {', '.join(METHODS)}")
+    if method not in ("auto", *METHODS):
+        raise ValueError(f"method {method!r}; required: one of auto, {', '.join(METHODS)}")
     model = as_model(model)
     support = prepare_support(task, model.voxels, stride=model.learner.net.stride)
     _require_targets(task, support)
     started = time.monotonic()
-    state = adapt_prepared(model.learner, support, method, budget, seed, device, precision, progress)
-    how = {"method": method, "seed": seed, **(asdict(budget) if method == "finetune" else {})}
-    return make_segmenter(model, task, support, state, {**how, "seconds": round(time.monotonic() - started, 1)})
+    folds = _folds(task.labelled.patients, seed) if method == "auto" else []
+    candidates = CANDIDATES if folds else ()
+    runs = len(candidates) * len(folds) + 1
+    each = budget if budget.minutes is None else replace(budget, minutes=budget.minutes / runs)
+    told = 0
+
+    def tell(step: int, steps: int, loss: float) -> None:
+        if progress:
+            progress(told * steps + step, runs * steps, loss)
+
+    scores: dict[str, list[dict[str, Any]]] = {}
+    for candidate in candidates:
+        scores[candidate] = []
+        for left_out in folds:
+            others = task.labelled.of_patients([name for name in task.labelled.patients if name not in left_out])
+            kept = {case.id for case in others.cases}
+            part = replace(support, cases=tuple(case for case in support.cases if case.id in kept))
+            state = adapt_prepared(model.learner, part, candidate, each, seed, device, precision, tell)
+            told += 1
+            segmenter = make_segmenter(model, others, part, state, {})
+            for case in task.labelled.of_patients(left_out).cases:
+                scores[candidate].append(score_case(segmenter, task, case, 2.0, device=device, precision=precision))
+    means = {name: _mean_dice(rows, task) for name, rows in scores.items()}
+    chosen = max(means, key=lambda name: means[name]) if means else "finetune" if method == "auto" else method
+    state = adapt_prepared(model.learner, support, chosen, each, seed, device, precision, tell)
+    card: dict[str, Any] = {"method": chosen, "seed": seed, **({} if chosen == "inner" else asdict(each))}
+    card["seconds"] = round(time.monotonic() - started, 1)
+    if scores:
+        card["left_out"] = {"mean_dice": means, "cases": scores[chosen]}
+        trained_on = round(len(task.labelled.cases) * (1 - 1 / len(folds)))
+        dices = [_case_dice(row, task) for row in scores[chosen]]
+        card["forecast"] = forecast(dices, trained_on, len(task.labelled.cases), seed).to_dict()
+    return make_segmenter(model, task, support, state, card)
+
+
+def _folds(patients: Mapping[str, Any] | Sequence[str], seed: int) -> list[list[str]]:
+    """Patients left out together, each once; none where there are fewer than 3."""
+    names = sorted(patients)
+    if len(names) < 3:
+        return []
+    order = [str(name) for name in np.random.default_rng([seed, 2]).permutation(names)]
+    count = min(FOLDS, len(order))
+    return [order[number::count] for number in range(count)]
+
+
+def _case_dice(row: Mapping[str, Any], task: Task) -> float:
+    return float(np.nanmean([np.nan if row[name]["dice"] is None else row[name]["dice"] for name in task.targets]))
+
+
+def _mean_dice(rows: Sequence[Mapping[str, Any]], task: Task) -> float:
+    return float(np.nanmean([_case_dice(row, task) for row in rows]))
 
 
 def _require_targets(task: Task, support: StoredTask) -> None:
@@ -184,38 +257,55 @@ def adapt_prepared(
     precision: torch.dtype = torch.float32,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> State:
-    """What `learner` learns from prepared scans. Arguments as of `adapt_to`."""
+    """What `learner` learns from prepared scans by one method, "auto" not among them. Arguments as of `adapt_to`."""
     learner = learner.to(device).eval()
     if method == "inner":
         examples = _for_network(learner, support_patches(support, seed)).to(device)
         with torch.no_grad(), autocast(device, precision):
             return _to_cpu(learner.adapt(examples))
-    augment = Augment(support.patch, support.preprocess.spacing, support.preprocess.modality)
+    net, channels = learner.net, support.cases[0].image.shape[0]
     with torch.no_grad():
-        start = learner.start(support.cases[0].image.shape[0], support.classes)
-    state = {name: tensor.detach().clone().requires_grad_() for name, tensor in start.items()}
-    optimiser = torch.optim.AdamW(state.values(), lr=budget.rate, weight_decay=1e-4)
+        if method == "scratch":
+            start = (
+                build_network(net.spec["name"], seed=seed, **net.spec["options"])
+                .to(device)
+                .grow(channels, support.classes)
+            )
+        else:
+            start = learner.start(channels, support.classes)
+    generator = torch.Generator().manual_seed(seed)
+    tuning = TUNINGS.get(method, tune_all)(net, start, generator)
+    moved = {name: tensor.requires_grad_() for name, tensor in tuning.leaves.items()}
+    average = {name: tensor.detach().clone() for name, tensor in moved.items()}
+    augment = Augment(support.patch, support.preprocess.spacing, support.preprocess.modality)
+    peak = budget.rate * RATES.get(method, 1.0)
+    optimiser = torch.optim.AdamW(moved.values(), lr=peak, weight_decay=0.0)
     started = time.monotonic()
     for step in range(budget.steps):
         spent = 0.0 if budget.minutes is None else (time.monotonic() - started) / (60.0 * budget.minutes)
         done = max(step / budget.steps, spent)
         if done >= 1.0:
             break
+        rate = peak * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1.0 + math.cos(math.pi * done))
         for group in optimiser.param_groups:
-            group["lr"] = budget.rate * 0.5 * (1.0 + math.cos(math.pi * done))
+            group["lr"] = rate
         rng = np.random.default_rng([seed, 0, step])
         # Over one step and the next, every scan comes up as often as any other.
         chosen = [support.cases[(step * budget.patches + n) % len(support.cases)] for n in range(budget.patches)]
-        examples = _for_network(
-            learner, _examples([_patch(support, case, augment, rng) for case in chosen], support.classes)
-        ).to(device)
+        patches = [_patch(support, case, augment, rng) for case in chosen]
+        examples = _for_network(learner, _examples(patches, support.classes)).to(device)
         optimiser.zero_grad()
         with autocast(device, precision):
-            logits = learner.segment(examples.image, state)
-        loss = dice_cross_entropy(logits.float(), examples.mask)
+            logits = net(examples.image, tuning.assemble(moved))
+        loss = dice_cross_entropy(logits, examples.mask)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(state.values()), 5.0)
+        torch.nn.utils.clip_grad_norm_(list(moved.values()), 5.0)
         optimiser.step()
+        with torch.no_grad():
+            for name, anchor in tuning.anchors.items():
+                moved[name].lerp_(anchor, rate * PULL)
+            for name, tensor in average.items():
+                tensor.lerp_(moved[name], 1.0 - min(AVERAGE, (1 + step) / (10 + step)))
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(
@@ -223,7 +313,8 @@ def adapt_prepared(
             )
         if progress:
             progress(step + 1, budget.steps, value)
-    return _to_cpu(state)
+    with torch.no_grad():
+        return _to_cpu(tuning.assemble(average))
 
 
 def support_patches(support: StoredTask, seed: int = 0, most: int = 16) -> Examples:

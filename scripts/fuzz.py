@@ -3,8 +3,8 @@
     python scripts/fuzz.py --inputs 2000 [--kinds nifti,archive] [--seed 0]
 
 Each input is a sound file with random damage: flipped bits, cuts, repeated or removed parts, extreme numbers and words
-in place of others. Readers run in a process of their own with a bound on its memory, so that a crash or a hang costs one
-input. Whatever is neither read nor refused with a `MedmetaError` is a crash, and its input is kept in --keep.
+in place of others. Readers run in a process of their own with a bound on its memory, so that a crash or a hang costs
+one input. Whatever is neither read nor refused with a `MedmetaError` is a crash, and its input is kept in --keep.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ class Fuzzer:
 KINDS = ("nifti", "nrrd", "mha", "model", "manifest", "dataset", "archive", "checkpoint")
 
 
-def work(kind: str, folder: Path, seed: int, first: int, last: int, pipe) -> None:
+def work(kind: str, folder: Path, seed: int, first: int, last: int, keep: Path | None, pipe) -> None:
     """Run inputs first..last; tells (number, outcome, detail) of each, and (number, "start", "") before it."""
     import torch
 
@@ -261,7 +261,7 @@ def work(kind: str, folder: Path, seed: int, first: int, last: int, pipe) -> Non
     watching = False
 
     def watch(event: str, arguments: tuple) -> None:
-        if not watching or event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.link", "os.symlink"):
+        if not watching or event not in ("open", "os.mkdir", "os.rename", "os.link", "os.symlink"):
             return
         if event == "open" and not (isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")):
             return
@@ -292,6 +292,8 @@ def work(kind: str, folder: Path, seed: int, first: int, last: int, pipe) -> Non
         if outside:
             pipe.send((number, "outside", "; ".join(outside)))
             outside.clear()
+        if outcome == "crash" and keep is not None:
+            shutil.copytree(fuzzer.given, keep / f"{kind}-{number}", dirs_exist_ok=True)
         pipe.send((number, outcome, detail))
     pipe.send((last, "end", ""))
 
@@ -304,7 +306,7 @@ def fuzz(kind: str, inputs: int, seed: int, keep: Path | None) -> Counter:
         with tempfile.TemporaryDirectory() as folder:
             ours, theirs = context.Pipe()
             root = Path(folder).resolve()
-            process = context.Process(target=work, args=(kind, root, seed, number, inputs, theirs))
+            process = context.Process(target=work, args=(kind, root, seed, number, inputs, keep, theirs))
             process.start()
             theirs.close()
             running = False
@@ -326,12 +328,13 @@ def fuzz(kind: str, inputs: int, seed: int, keep: Path | None) -> Counter:
                 counts[outcome] += 1
                 if outcome in ("crash", "hang", "outside"):
                     print(f"{kind} input {number}: {outcome}: {detail[:300]}", flush=True)
+                if outcome == "hang" or detail.startswith("the process ended"):
+                    process.kill()
+                    process.join()
                     if keep is not None:
-                        shutil.copytree(root / "in", keep / f"{kind}-{number}-{outcome}", dirs_exist_ok=True)
-                if not process.is_alive() or outcome == "hang":
+                        shutil.copytree(root / "in", keep / f"{kind}-{number}", dirs_exist_ok=True)
                     number += 1
                     break
-            process.kill()
             process.join()
     return counts
 
@@ -346,14 +349,10 @@ def main() -> None:
     rows = []
     for kind in arguments.kinds.split(","):
         counts = fuzz(kind, arguments.inputs, arguments.seed, arguments.keep)
-        rows.append(
-            f"| {kind} | {arguments.inputs} | {counts['read']} | {counts['refused']} | {counts['crash']} | {counts['hang']} "
-            f"| {counts['outside']} |"
-        )
+        figures = [kind, arguments.inputs, *(counts[name] for name in ("read", "refused", "crash", "hang", "outside"))]
+        rows.append(f"| {' | '.join(map(str, figures))} |")
         print(rows[-1], flush=True)
-    print(
-        "\n| kind | inputs | read | refused cleanly | crashes | hangs | written outside |\n|---|---|---|---|---|---|---|"
-    )
+    print("\n| kind | inputs | read | refused cleanly | crashes | hangs | written outside |\n|---" + "|---" * 6 + "|")
     print("\n".join(rows))
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from medmeta.episode import IGNORED, Examples, State
 from medmeta.learners.base import MetaLearner
-from medmeta.learners.pooling import ABSENT
+from medmeta.learners.pooling import lower_absent
 from medmeta.networks import SegNet
 
 
@@ -83,7 +83,7 @@ class InContext(MetaLearner):
             support = torch.cat([shown, masks[:, label : label + 1], counted], dim=1)[chosen]
             logits.append(_wide(self.network(features, query, support)).squeeze(1))
         logits = torch.stack(logits, dim=-1)
-        return torch.where(state["present"] > 0, logits, ABSENT).movedim(-1, 1)
+        return lower_absent(logits, state["present"]).movedim(-1, 1)
 
 
 class CrossNetwork(nn.Module):

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from medmeta.episode import IGNORED, Examples, State
 from medmeta.learners.base import MetaLearner
-from medmeta.learners.pooling import ABSENT, cell_means
+from medmeta.learners.pooling import cell_means, lower_absent
 from medmeta.losses import dice_cross_entropy
 from medmeta.networks import SegNet
 
@@ -213,7 +213,7 @@ class Recurrent(_Reader):
         return {"output": self.output(last[0]), "present": _present(support).to(features.dtype)}
 
     def answer(self, features: Tensor, state: State) -> Tensor:
-        return torch.where(state["present"] > 0, _with_one(features) @ state["output"].mT, ABSENT)
+        return lower_absent(_with_one(features) @ state["output"].mT, state["present"])
 
 
 class MetaNetworks(_Reader):
@@ -291,7 +291,7 @@ class MetaNetworks(_Reader):
         attention = read(state["keys"], hidden.mean(1), self.scale)
         fast = torch.einsum("qn,nkf->qkf", attention, state["heads"])
         logits = _with_one(hidden) @ (self._head(fast.shape[1] - 1) + fast).mT
-        return torch.where(state["present"] > 0, logits, ABSENT)
+        return lower_absent(logits, state["present"])
 
     def _hidden(self, features: Tensor, fast: Tensor) -> Tensor:
         return _layer(features, self.embedding) + _layer(features, fast)

@@ -104,22 +104,30 @@ def score_by_voxel(score: Callable[[Tensor], Tensor], features: Tensor, present:
     Args:
         score: (Q, F) -> (Q, 1+K).
         features: of the query.
-        present: (1+K,), 0 for classes of which the support shows no voxel. Whatever their score, their logit is finite
-            and the lowest (see `ABSENT`): not by more than that, or a query that shows the class would drown the
-            losses of all others.
+        present: as of `lower_absent`.
         entries: numbers that the rule holds for one voxel; the more, the fewer voxels are scored at once.
     """
-
-    def logits(points: Tensor) -> Tensor:
-        scores = torch.where(present > 0, score(points), 0.0)
-        return torch.where(present > 0, scores, scores.detach().amin(dim=1, keepdim=True) - ABSENT)
 
     # Autocast would multiply in bfloat16, whose 8 bits are too few for a similarity times 20.
     with torch.autocast(features.device.type, enabled=False):
         points = _wide(features).movedim(1, -1)
         blocks = points.flatten(0, -2).split(max(1, _ENTRIES // max(1, entries)))
-        found = torch.cat([logits(block) for block in blocks])
+        found = torch.cat([lower_absent(score(block), present) for block in blocks])
     return found.unflatten(0, points.shape[:-1]).movedim(-1, 1)
+
+
+def lower_absent(scores: Tensor, present: Tensor) -> Tensor:
+    """Logits (..., 1+K) in which the classes that the support does not show are the lowest, whatever their score.
+
+    They are finite, and lower by `ABSENT` but not by more, or a query that shows such a class would drown the losses of
+    all others.
+
+    Args:
+        scores: (..., 1+K).
+        present: (1+K,), 0 for classes of which the support shows no voxel.
+    """
+    known = torch.where(present > 0, scores, 0.0)
+    return torch.where(present > 0, known, known.detach().amin(dim=-1, keepdim=True) - ABSENT)
 
 
 def _wide(features: Tensor) -> Tensor:

@@ -440,8 +440,8 @@ class TestManifests:
         return json.dumps({**content, **changes}).replace('"0":', "0:").replace('"1":', "1:").replace('"2":', "2:")
 
     def test_all_ten_decathlon_tasks(self):
-        names = manifest_names()
-        assert [name[:6] for name in names if name.startswith("Task")] == [f"Task{i:02d}" for i in range(1, 11)]
+        names = [name for name in manifest_names() if name.startswith("Task")]
+        assert [name[:6] for name in names] == [f"Task{i:02d}" for i in range(1, 11)]
         for name in names:
             manifest = load_manifest(find_manifest(name))
             task = Task(name, manifest.organ, manifest.modality, manifest.targets, ())
@@ -449,6 +449,21 @@ class TestManifests:
             assert {value for atom in task.atoms for value in atom} == set(manifest.labels) - {0}
             assert manifest.size_gb > 0
             assert manifest.licence == "CC-BY-SA 4.0"
+
+    def test_sets_to_be_fetched_by_hand_say_how_and_under_which_terms(self):
+        names = {name for name in manifest_names() if not name.startswith("Task")}
+        assert names == {
+            "ACDC", "AMOS_CT", "BTCV", "BraTS2021", "CHAOS_MR", "FLARE22", "KiTS23", "LA2018", "PROMISE12",
+            "TotalSegmentator",
+        }  # fmt: skip
+        for name in names:
+            manifest = load_manifest(find_manifest(name))
+            task = Task(name, manifest.organ, manifest.modality, manifest.targets, ())
+            assert manifest.name == name
+            assert {value for atom in task.atoms for value in atom} == set(manifest.labels) - {0}
+            assert not manifest.source
+            assert "https://" in manifest.obtain
+            assert manifest.licence and manifest.reference
 
     def test_sources_are_those_that_monai_pins(self):
         from monai.apps import DecathlonDataset
