@@ -25,9 +25,7 @@ Background = Annotated[
 ]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the config.")]
 ModelFolder = Annotated[Path, typer.Argument(help="Model folder that train or adapt wrote.")]
-Precision = Annotated[str, typer.Option("--precision", help="float32, or bfloat16 where the processor has it.")]
-
-PredictionPrecision = Annotated[
+Precision = Annotated[
     str, typer.Option("--precision", help="float32, bfloat16, or auto: bfloat16 where the processor has it.")
 ]
 

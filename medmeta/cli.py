@@ -6,8 +6,9 @@ Exit codes: 0 all well; 1 done, with problems listed; 2 the call is unusable, no
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,7 +23,6 @@ from medmeta.arguments import (
     ModelFolder,
     Out,
     Precision,
-    PredictionPrecision,
     Seed,
     Targets,
     Workers,
@@ -163,21 +163,24 @@ def adapt(
     target: Targets = None,
     background: Background = None,
     modality: Annotated[str | None, typer.Option(help="CT or MR; found from the scans when not given.")] = None,
-    method: Annotated[str, typer.Option(help="finetune, or inner (the learner's own rule).")] = "finetune",
-    steps: Annotated[int, typer.Option(help="Optimiser steps at most.")] = 200,
-    minutes: Annotated[float | None, typer.Option(help="Minutes at most.")] = None,
+    method: Annotated[
+        str, typer.Option(help="auto, finetune, lora, norms, head, inner (the learner's own rule) or scratch.")
+    ] = "auto",
+    steps: Annotated[int, typer.Option(help="Optimiser steps of each fine-tuning at most.")] = 400,
+    minutes: Annotated[float | None, typer.Option(help="Minutes at most, for all of it.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
-    precision: Precision = "float32",
+    precision: Precision = "auto",
 ) -> None:
-    """Adapt a model to a new organ from a few labelled scans.
+    """Adapt a model to a new organ from a few labelled scans, and say how good it will be.
 
-    The output layer gets one row per class, the input layer one slice per channel, both grown from the learned ones.
+    With 3 or more scans the way to adapt is chosen by leaving scans out, and the Dice on unseen scans is forecast.
 
     Example: medmeta adapt model --images scans --labels labels --target kidney=2,3 --out kidney
     """
     from medmeta.adaptation import Budget, adapt_to, support_task
     from medmeta.console import Reporter
+    from medmeta.inference import fastest_precision
     from medmeta.segmenter import load, refuse_existing
 
     if modality not in (None, "CT", "MR"):
@@ -196,10 +199,11 @@ def adapt(
             budget=Budget(steps=steps, minutes=minutes),
             seed=seed,
             device=device,
-            precision=read_precision(precision),
+            precision=fastest_precision(device) if precision == "auto" else read_precision(precision),
             progress=lambda done, total, loss: reporter("adapting", done, total, f"loss {loss:.3f}"),
         )
     segmenter.save(out)
+    _describe_adaptation(segmenter.card)
     _line(f"The adapted model is in {out}")
 
 
@@ -217,7 +221,7 @@ def predict(
     workers: Workers = 1,
     gpus_per_worker: GpusPerWorker = 0.0,
     device: Device = "cpu",
-    precision: PredictionPrecision = "float32",
+    precision: Precision = "float32",
 ) -> None:
     """Segment scans and folders of scans, each on its own grid. Run it again to go on where it was stopped.
 
@@ -352,8 +356,24 @@ def info(model: ModelFolder) -> None:
             f"  adapted to {', '.join(loaded.targets)} from {loaded.card.get('support_scans')} scans, "
             f"channels {', '.join(loaded.channels)}. Terms: {loaded.card.get('support_terms') or 'not stated'}"
         )
+        _describe_adaptation(loaded.card)
         _line(f"  working grid {loaded.preprocess.spacing} mm, {loaded.preprocess.modality}, patch {loaded.patch}")
     _line("Not a medical device.")
+
+
+def _describe_adaptation(card: Mapping[str, Any]) -> None:
+    """What was chosen on which grounds, and the forecast where there is one."""
+    from medmeta.forecast import describe
+
+    chosen = card["method"]
+    if "left_out" not in card:
+        _line(f"Adapted by {chosen}. From 3 labelled scans on, the way is chosen and the Dice forecast.")
+        return
+    means = card["left_out"]["mean_dice"]
+    tried = ", ".join(f"{name} {dice:.3f}" for name, dice in means.items())
+    _line(f"Mean Dice on scans left out: {tried}. Adapted by {chosen}.")
+    for line in describe(card["forecast"]).splitlines():
+        _line(line)
 
 
 def _version(wanted: bool) -> None:

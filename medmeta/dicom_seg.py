@@ -21,7 +21,7 @@ def write_dicom_seg(labels: Volume, slices: Sequence[Path], targets: Mapping[str
         path: the file to write.
 
     Raises:
-        InputError: highdicom is not installed, a structure is nowhere, or the series cannot be referred to.
+        InputError: highdicom is not installed, no structure is anywhere, or the label map is not one of this series.
     """
     try:
         import highdicom
@@ -37,7 +37,7 @@ def write_dicom_seg(labels: Volume, slices: Sequence[Path], targets: Mapping[str
     masks = {name: mask for name, mask in masks.items() if mask.any()}
     if not masks:
         raise InputError(path, "no structure in the label map", "at least one voxel", "There is nothing to store.")
-    research = highdicom.sr.CodedConcept("91772007", "SCT", "Anatomical structure")
+    structure = highdicom.sr.CodedConcept("91723000", "SCT", "Anatomical Structure")
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name="medmeta",
         family=highdicom.sr.CodedConcept("123110", "DCM", "Artificial Intelligence"),
@@ -47,8 +47,8 @@ def write_dicom_seg(labels: Volume, slices: Sequence[Path], targets: Mapping[str
         highdicom.seg.SegmentDescription(
             segment_number=number,
             segment_label=name[:64],
-            segmented_property_category=highdicom.sr.CodedConcept("123037004", "SCT", "Anatomical Structure"),
-            segmented_property_type=research,
+            segmented_property_category=structure,
+            segmented_property_type=structure,
             algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=algorithm,
         )

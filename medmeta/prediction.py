@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from medmeta.data.volume import Volume, read_header, read_labels, write_volume
 from medmeta.errors import InputError
 from medmeta.files import replacing, write_json
-from medmeta.inference import fastest_precision, openvino_predictor
+from medmeta.inference import Predictor, fastest_precision, openvino_predictor
 from medmeta.segmenter import Segmenter, load
 from medmeta.worklist import Manifest, Scan, described, fingerprint, list_scans, locked, refuse_own_inputs
 
@@ -122,7 +123,10 @@ def predict_each(
         if given not in known:
             raise ValueError(f"{name}={given!r}; required: one of {', '.join(known)}")
     out = Path(out)
-    segmenter = segmenter if hasattr(segmenter, "predict") else load(segmenter)
+    if isinstance(segmenter, str | Path):
+        folder, segmenter = segmenter, load(segmenter)
+        if not isinstance(segmenter, Segmenter):
+            raise InputError(folder, "a model that was not adapted", "an adapted model", "Run `medmeta adapt` first.")
     paths = [inputs] if isinstance(inputs, str | Path) else inputs
     scans = list_scans(paths, len(segmenter.channels), recursive=recursive, besides=out)
     refuse_own_inputs(scans.values(), out)
@@ -181,14 +185,13 @@ class Work:
     probabilities: bool
     dicom_seg: bool
 
-    def __post_init__(self) -> None:
-        self.predictor = None
-        if self.backend == "openvino":
-            model, channels = self.segmenter.model, len(self.segmenter.channels)
-            shape = (1, channels, *self.segmenter.patch)
-            self.predictor = openvino_predictor(
-                model.learner, self.segmenter.state, shape, precision=self.options["precision"]
-            )
+    @cached_property
+    def predictor(self) -> Predictor | None:
+        """What segments windows in place of torch, made where it runs."""
+        if self.backend == "torch":
+            return None
+        model, shape = self.segmenter.model, (1, len(self.segmenter.channels), *self.segmenter.patch)
+        return openvino_predictor(model.learner, self.segmenter.state, shape, precision=self.options["precision"])
 
     def output(self, job: Scan) -> Path:
         return self.out / f"{job.name}{job.suffix}"
@@ -249,14 +252,13 @@ class Work:
             output.parent.mkdir(parents=True, exist_ok=True)
             if made.probabilities is not None:
                 write_volume(made.probabilities, output.with_name(f"{_last(job)}_probabilities.nii.gz"))
-            if self.dicom_seg and job.files[0].is_dir():
+            targets = self.segmenter.targets
+            volumes = structure_volumes(made.labels, targets)
+            if self.dicom_seg and job.files[0].is_dir() and any(volumes.values()):
                 from medmeta.dicom_seg import write_dicom_seg
 
-                write_dicom_seg(
-                    made.labels, job.sources(), self.segmenter.targets, output.with_name(f"{_last(job)}_seg.dcm")
-                )
+                write_dicom_seg(made.labels, job.sources(), targets, output.with_name(f"{_last(job)}_seg.dcm"))
             write_volume(made.labels, output)
-            volumes = structure_volumes(made.labels, self.segmenter.targets)
         except Exception as error:  # as above
             return self._failed(job, error, made.read.files)
         stages = made.read.stages | {"write": time.perf_counter() - started}

@@ -4,8 +4,8 @@
 
 Writes synthetic scans of edge^3 voxels to a temporary folder and prepares them once. Each way then draws the same
 number of patches of image and mask in a process of its own: the store (NumPy files, memory-mapped), the same arrays as
-Zarr and as Blosc2 (where installed), MONAI's PersistentDataset and CacheDataset, and no cache at all. Memory is what the
-process holds for itself (Linux: RssAnon) beyond its start; pages of memory-mapped files belong to the system.
+Zarr and as Blosc2 (where installed), MONAI's PersistentDataset and CacheDataset, and no cache at all. Memory is what
+the process holds for itself (Linux: RssAnon) beyond its start; pages of memory-mapped files belong to the system.
 """
 
 from __future__ import annotations

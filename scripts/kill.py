@@ -69,7 +69,7 @@ def train(task_folder: Path, out: Path) -> None:
 
 def adapt(task_folder: Path, out: Path) -> None:
     if not (out / "model").exists():
-        adapt_to(model(), load_task(task_folder), budget=Budget(steps=10)).save(out / "model")
+        adapt_to(model(), load_task(task_folder), method="finetune", budget=Budget(steps=10)).save(out / "model")
 
 
 class RangeHandler(SimpleHTTPRequestHandler):

@@ -13,6 +13,7 @@ import torch
 from small import like, nifti, phantom, tiny_2d, tiny_model, write_pairs
 
 from medmeta.adaptation import (
+    CANDIDATES,
     METHODS,
     Budget,
     adapt,
@@ -26,6 +27,7 @@ from medmeta.adaptation import (
 from medmeta.data.tasks import Case, Task, pair_folders
 from medmeta.data.volume import Volume, write_volume
 from medmeta.errors import InputError
+from medmeta.evaluate import score_case
 from medmeta.losses import dice_cross_entropy
 
 TWO = {"anterior": (1,), "posterior": (2,)}
@@ -61,7 +63,7 @@ def test_the_seed_decides_and_nothing_else(task, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("learner", ["maml", "transfer", "scratch"])
+@pytest.mark.parametrize("learner", ["fomaml", "transfer", "prototypical"])
 def test_the_learner_is_left_as_it_was(task, learner, method):
     model = tiny_model(learner)
     before = {name: tensor.clone() for name, tensor in model.learner.state_dict().items()}
@@ -111,7 +113,9 @@ def test_an_impossible_budget_is_refused(budget):
 
 
 def test_an_unknown_method_is_refused(task):
-    with pytest.raises(ValueError, match=r"method 'magic'; required: one of finetune, inner"):
+    with pytest.raises(
+        ValueError, match=r"method 'magic'; required: one of auto, inner, finetune, lora, norms, head, scratch"
+    ):
         adapt_to(tiny_model(), task, method="magic")
 
 
@@ -131,7 +135,7 @@ def test_every_scan_comes_up_as_often_as_any_other(support, tmp_path, monkeypatc
     monkeypatch.setattr(module, "draw_patch", lambda case, *rest: drawn.append(case.id) or draw(case, *rest))
     write_pairs(tmp_path, cases=(0, 1, 2))
     task = support_task(tmp_path / "images", tmp_path / "labels", targets=TWO)
-    adapt_to(tiny_model(), task, budget=Budget(steps=3, patches=2))
+    adapt_to(tiny_model(), task, method="finetune", budget=Budget(steps=3, patches=2))
     assert [drawn.count(case.id) for case in task.cases] == [2, 2, 2]
 
 
@@ -212,18 +216,109 @@ def test_the_steps_are_the_plain_ones_when_written_out(task):
     made = adapt_prepared(model.learner, support, budget=budget, seed=9)
     net = model.learner.net
     state = {name: tensor.detach().clone().requires_grad_() for name, tensor in net.grow(1, 2).items()}
-    optimiser = torch.optim.AdamW(state.values(), lr=1.0, weight_decay=1e-4)
+    start = {name: tensor.detach().clone() for name, tensor in state.items()}
+    average = {name: tensor.detach().clone() for name, tensor in state.items()}
+    optimiser = torch.optim.Adam(state.values(), lr=1.0)
     augment = Augment(support.patch, support.preprocess.spacing, "CT")
     for step in range(3):
         rng = np.random.default_rng([9, 0, step])
         pairs = [augment(*draw_patch(support.cases[n], support.patch, rng), rng) for n in (0, 1)]
         images, masks = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-        optimiser.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / 3)) / 2
+        rate = 1e-3 * (step + 1) / 10 * (1 + math.cos(math.pi * step / 3)) / 2
+        optimiser.param_groups[0]["lr"] = rate
         optimiser.zero_grad()
         dice_cross_entropy(net(images, state), masks).backward()
         torch.nn.utils.clip_grad_norm_(list(state.values()), 5.0)
         optimiser.step()
-    assert all(torch.allclose(made[name], state[name].detach(), atol=1e-7) for name in made)
+        decay = min(0.98, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for name, tensor in state.items():
+                if name.startswith("body."):
+                    tensor -= 0.5 * rate * (tensor - start[name])
+                average[name] = decay * average[name] + (1 - decay) * tensor
+    assert all(torch.allclose(made[name], average[name].detach(), atol=1e-7) for name in made)
+
+
+def test_full_fine_tuning_stays_nearer_its_start_with_the_pull(task, monkeypatch):
+    import medmeta.adaptation as module
+
+    model, budget = tiny_model(), Budget(steps=30, rate=1e-2)
+    start = {name: tensor.detach() for name, tensor in model.learner.start(1, 2).items()}
+    distances = []
+    for pull in (0.0, 5.0):
+        monkeypatch.setattr(module, "PULL", pull)
+        state = adapt_to(model, task, method="finetune", budget=budget).state
+        body = [float((state[name] - start[name]).norm()) for name in model.learner.net.body_names]
+        distances.append(sum(body))
+    assert distances[1] < 0.9 * distances[0]
+
+
+def test_from_scratch_nothing_learned_before_is_used(task):
+    before, after = tiny_model(), tiny_model()
+    with torch.no_grad():
+        for parameter in after.learner.parameters():
+            parameter += 1.0
+    made = [adapt_to(model, task, method="scratch", budget=Budget(steps=2)).state for model in (before, after)]
+    assert same(*made)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> Task:
+    folder = write_pairs(tmp_path_factory.mktemp("three"), cases=(0, 1, 2))
+    return support_task(folder / "images", folder / "labels", targets=TWO)
+
+
+def test_auto_leaves_each_scan_out_once_and_forecasts(three):
+    told = []
+    budget = Budget(steps=2)
+    segmenter = adapt_to(tiny_model(), three, budget=budget, progress=lambda *given: told.append(given[:2]))
+    card = segmenter.card
+    means = card["left_out"]["mean_dice"]
+    assert tuple(means) == CANDIDATES
+    assert card["method"] == max(means, key=means.get)
+    assert sorted(row["case"] for row in card["left_out"]["cases"]) == [case.id for case in three.cases]
+    assert card["forecast"]["scans"] == 3
+    assert 0 < card["forecast"]["mean_interval"][0] < card["forecast"]["dice"] < 1
+    total = 2 * (3 * len(CANDIDATES) + 1)
+    assert told == [(step, total) for step in range(1, total + 1)]
+    # What is chosen is then fitted on all scans.
+    assert same(segmenter.state, adapt_to(tiny_model(), three, method=card["method"], budget=budget).state)
+
+
+def test_auto_scores_a_scan_with_a_model_that_never_saw_it(three):
+    card = adapt_to(tiny_model(), three, budget=Budget(steps=3)).card
+    (case,) = (case for case in three.cases if case.id == card["left_out"]["cases"][0]["case"])
+    others = three.of_patients([name for name in three.patients if name != case.patient])
+    support = prepare_support(three, 16**3, stride=2)
+    part = replace(support, cases=tuple(each for each in support.cases if each.patient != case.patient))
+    model = tiny_model()
+    state = adapt_prepared(model.learner, part, card["method"], Budget(steps=3))
+    expected = score_case(make_segmenter(model, others, part, state, {}), three, case, 2.0)
+    assert card["left_out"]["cases"][0] == expected
+
+
+def test_scans_of_one_patient_are_left_out_together(three):
+    twin = Case("case2b", three.cases[2].patient, three.cases[2].images, three.cases[2].labels)
+    four = replace(three, cases=(*three.cases, twin))
+    rows = adapt_to(tiny_model(), four, budget=Budget(steps=1)).card["left_out"]["cases"]
+    names = [row["case"] for row in rows]
+    assert abs(names.index("case2") - names.index("case2b")) == 1
+    assert len(names) == 4
+
+
+def test_one_or_two_scans_are_fine_tuned_without_a_choice(task):
+    card = adapt_to(tiny_model(), task, budget=Budget(steps=1)).card
+    assert card["method"] == "finetune"
+    assert "left_out" not in card
+    assert "forecast" not in card
+
+
+def test_minutes_are_shared_by_all_that_auto_trains(three):
+    told = []
+    budget = Budget(steps=10**6, minutes=0.02)
+    segmenter = adapt_to(tiny_model(), three, budget=budget, progress=lambda *given: told.append(given))
+    assert segmenter.card["minutes"] == pytest.approx(0.02 / (3 * len(CANDIDATES) + 1))
+    assert len(told) >= 3 * len(CANDIDATES) + 1
 
 
 def test_prepared_support_and_segmenter_equal_the_short_way(task):

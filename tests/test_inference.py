@@ -12,7 +12,16 @@ from torch import Tensor
 
 from medmeta.data.preprocess import Preprocess
 from medmeta.data.volume import Volume
-from medmeta.inference import collect, context_rows, index_map, restore_labels, sliding_bands
+from medmeta.errors import InputError
+from medmeta.inference import (
+    collect,
+    context_rows,
+    index_map,
+    openvino_predictor,
+    restore_labels,
+    sliding_bands,
+    torch_predictor,
+)
 
 
 def network(windows: Tensor) -> Tensor:
@@ -135,3 +144,25 @@ def test_a_class_that_wins_at_no_corner_can_win_between_them():
     indices = index_map(torch.diag(torch.tensor([2.0, 1, 1, 1])).double(), torch.eye(4, dtype=torch.float64))
     labels = restore_labels([(0, probabilities)], (2, 1, 1), indices, (3, 1, 1), [0, 1, 2])
     assert labels.flatten().tolist() == [1, 2, 0]
+
+
+def test_openvino_gives_the_probabilities_of_torch():
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    from small import tiny_model
+
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(0)
+    state = {name: tensor.detach().clone() for name, tensor in model.learner.net.grow(2, 3).items()}
+    state["head.weight"] += torch.randn(state["head.weight"].shape, generator=generator)
+    windows = torch.randn(3, 2, 16, 16, 8, generator=generator)
+    expected = torch_predictor(model.learner, state)(windows)
+    found = openvino_predictor(model.learner, state, (1, 2, 16, 16, 8))(windows)
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert float(expected.std()) > 0.01
+
+
+def test_a_state_without_weights_is_no_network_for_openvino():
+    from small import tiny_model
+
+    with pytest.raises(InputError, match=r"a state of prototypes; required: a state of network weights"):
+        openvino_predictor(tiny_model().learner, {"prototypes": torch.zeros(2)}, (1, 1, 8, 8, 8))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import locale
 import math
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -315,3 +319,90 @@ def test_a_scan_of_integers_and_a_4d_time_series(segmenter, tmp_path):
     assert results["ints.nii.gz"].status == results["flat4d.nii.gz"].status == "done"
     assert "30 channels; required: 1" in results["time.nii.gz"].reason
     assert read_header(tmp_path / "out" / "flat4d.nii.gz").shape == (9, 9, 9)
+
+
+def test_too_little_memory_is_met_by_smaller_windows_and_then_told(segmenter, tmp_path, monkeypatch):
+    scans = write_pairs(tmp_path / "s", cases=(0, 1)) / "images"
+    own, tried = Segmenter.predict, []
+
+    def scarce(self, scan, **options):
+        tried.append(self.patch)
+        if self.patch == segmenter.patch or len(tried) > 2:
+            raise torch.OutOfMemoryError("out of memory: tried to allocate 99 GiB")
+        return own(self, scan, **options)
+
+    monkeypatch.setattr(Segmenter, "predict", scarce)
+    first, second = predict(segmenter, scans, tmp_path / "out")
+    assert first.status == "done"
+    assert first.notes == (f"segmented in windows of {'x'.join(map(str, tried[1]))} for lack of memory",)
+    assert math.prod(tried[1]) < math.prod(tried[0])
+    assert second.status == "failed"
+    assert "too little memory (OutOfMemoryError: out of memory" in second.reason
+
+
+def test_the_account_is_a_table_too(segmenter, tmp_path):
+    scans = write_pairs(tmp_path / "s", cases=(0,)) / "images"
+    write_volume(phantom(2, 1)[0], scans / 'an "odd",\nname.nii.gz')
+    results = predict(segmenter, scans, tmp_path / "out", probabilities=True)
+    with open(tmp_path / "out" / "predictions.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ['an "odd",\nname', "case0"]
+    for row, result in zip(rows, results, strict=True):
+        assert float(row["whole_ml"]) == result.volumes_ml["whole"]
+        stages = [float(row[f"{stage}_seconds"]) for stage in ("read", "preprocess", "network", "restore", "write")]
+        assert sum(stages) == pytest.approx(result.seconds, abs=0.02)
+        scores = read_volume(tmp_path / "out" / f"{row['name']}_probabilities.nii.gz")
+        assert scores.channels == 3
+        assert torch.equal(scores.data, segmenter.probabilities(read_volume(result.scan)).data)
+
+
+def test_killed_again_and_again_a_run_loses_nothing(segmenter, tmp_path):
+    """Killed without warning at a random moment, the run is begun again until it is through."""
+    scans = write_pairs(tmp_path / "s", cases=(0, 1, 2, 3)) / "images"
+    (scans / "broken.nii.gz").write_bytes(b"")
+    before = tree(scans)
+    expected = predict(segmenter, scans, tmp_path / "whole")
+    kills = 0
+    for wait in (0.02, 0.05, 0.1, 0.2, 0.4, 60.0):
+        child = os.fork()
+        if not child:
+            torch.set_num_threads(1)
+            predict(segmenter, scans, tmp_path / "out")
+            os._exit(0)
+        until = time.monotonic() + wait
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if time.monotonic() > until:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                kills += 1
+                break
+            time.sleep(0.005)
+        for path in (tmp_path / "out").glob("[!.]*.nii.gz"):
+            assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes(), "whole or not there"
+    assert kills > 0
+    final = {result.name: result.status for result in predict(segmenter, scans, tmp_path / "out")}
+    assert final == {"broken": "failed", "case0": "kept", "case1": "kept", "case2": "kept", "case3": "kept"}
+    assert {result.name for result in expected if result.status == "done"} == final.keys() - {"broken"}
+    assert tree(scans) == before
+
+
+def test_several_series_of_one_folder_are_told_apart(segmenter, tmp_path):
+    test_a_dicom_series_becomes_nifti_on_its_grid(segmenter, tmp_path / "first")
+    series = tmp_path / "scans" / "mixed"
+    series.mkdir(parents=True)
+    for file in sorted((tmp_path / "first" / "scans" / "series").iterdir()):
+        image = sitk.ReadImage(str(file))
+        for uid in ("1.2.3", "1.2.5"):
+            image.SetMetaData("0020|000e", uid)
+            image.SetMetaData("0008|0018", f"{uid}.{file.stem}")
+            writer = sitk.ImageFileWriter()
+            writer.KeepOriginalImageUIDOn()
+            writer.SetFileName(str(series / f"{uid}.{file.stem}.dcm"))
+            writer.Execute(image)
+    results = predict(segmenter, tmp_path / "scans", tmp_path / "out")
+    assert [(result.name, result.status, result.reason) for result in results] == [
+        ("mixed_series1", "done", ""), ("mixed_series2", "done", "")
+    ]  # fmt: skip
+    for result in results:
+        expected = read_header(tmp_path / "first" / "scans" / "series")
+        assert grid_difference(read_header(result.output), expected) is None

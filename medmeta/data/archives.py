@@ -7,6 +7,7 @@ import gzip
 import os
 import shutil
 import stat
+import struct
 import tarfile
 import unicodedata
 import uuid
@@ -24,15 +25,9 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
 
 _CHUNK = 2**20
 _DAMAGED = (
-    OSError,
-    EOFError,
-    zlib.error,
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    ValueError,
-    RuntimeError,
-    OverflowError,
-)
+    OSError, EOFError, zlib.error, struct.error, tarfile.TarError, zipfile.BadZipFile, ValueError, LookupError,
+    RuntimeError, OverflowError,
+)  # fmt: skip
 """All that tarfile, zipfile and gzip raise over a damaged archive, and the file system over what is in it."""
 
 
@@ -194,7 +189,9 @@ def _zip_members(archive: Path) -> Iterator[_Member]:
                 raise InputError(archive, f"{member.filename!r}, a link or a device", "plain files and folders")
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
                 raise InputError(archive, f"{member.filename!r}, encrypted or of a rare method", "stored or deflated")
-            yield _Member(member.filename, None if member.is_dir() else lambda member=member: content.open(member))
+            yield _Member(
+                member.filename, None if member.filename.endswith("/") else lambda member=member: content.open(member)
+            )
 
 
 class _ShortReads:

@@ -177,7 +177,7 @@ def check_task(
             report.append(Finding(where, "empty organ", message))
     labelled, unlabelled = ([case for case in task.cases if (case.labels is None) == side] for side in (False, True))
     report += _shared_patients(where, ("labelled", labelled), ("test", unlabelled))
-    if (splits := _root(task.cases) / SPLITS).is_file():
+    if task.cases and (splits := _root(task.cases) / SPLITS).is_file():
         report += _check_splits(splits, task)
     return report
 
@@ -398,7 +398,8 @@ def fix(report: Report, folder: str | Path) -> list[Repair]:
         if not crooked and (case.labels, "grid") not in found:
             continue
         sound = [path for path in (*case.images, case.labels) if path is not None and not _refused(path, report)]
-        straight = {path: _straightened(read_volume(path)) for path in crooked if path in sound}
+        read = {path: _attempt(lambda path=path: read_volume(path)) for path in crooked if path in sound}
+        straight = {path: _straightened(volume) for path, volume in read.items() if isinstance(volume, Volume)}
         for path, volume in straight.items():
             if volume is None:
                 message = f"not safe: a voxel would move by more than {SAFE_SHIFT:g} of its size; resample the scan"

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from medmeta.data.archives import Limits, extract
+from medmeta.data.archives import SUFFIXES, Limits, extract
 from medmeta.data.manifests import Manifest, find_manifest, load_manifest
 from medmeta.errors import InputError
 
@@ -61,6 +61,8 @@ def download(name: str | Path, to: str | Path, *, timeout: float = 30.0, progres
         raise InputError(manifest.name, found, f"the data in {folder}", manifest.obtain)
     size = int(manifest.size_gb * _GB)
     archive = to / Path(urlsplit(manifest.source).path).name
+    if not archive.name.endswith(SUFFIXES):
+        raise InputError(manifest.name, f"the source {manifest.source!r}", f"an archive, one of {', '.join(SUFFIXES)}")
     try:
         to.mkdir(parents=True, exist_ok=True)
         with FileLock(to / f".{archive.name}.lock", timeout=0):

@@ -187,6 +187,16 @@ def test_damaged_archives(tmp_path, name):
         extract(path, tmp_path / "out")
 
 
+def test_a_zip_member_without_a_name(tmp_path):
+    path = zipped(tmp_path / "x.zip", [("a", b"1")])
+    content = path.read_bytes()
+    central = content.index(b"PK\x01\x02")
+    # The length of the name in the central directory, and its one byte moved into the extra field.
+    changed = content[: central + 28] + b"\0\0\1\0" + content[central + 32 :]
+    path.write_bytes(changed)
+    refused(path)
+
+
 def test_other_kinds_and_empty_archives(tmp_path):
     (tmp_path / "x.rar").write_bytes(b"Rar!")
     refused(tmp_path / "x.rar", "suffix")

@@ -306,6 +306,14 @@ def test_two_at_once_and_too_little_room(server, tmp_path, monkeypatch):
     download(manifest, tmp_path / "data")
 
 
+@pytest.mark.parametrize("name", ["", "/", "/x/..", "/task"])
+def test_a_source_that_names_no_archive(server, tmp_path, name):
+    manifest = toy(server, tmp_path, source=f"{server.url.removesuffix('/task.tar')}{name}")
+    with pytest.raises(InputError, match="an archive, one of"):
+        download(manifest, tmp_path / "data")
+    assert server.ranges == []
+
+
 def test_a_root_that_is_a_file(server, tmp_path):
     (tmp_path / "data").write_text("x")
     with pytest.raises(InputError, match="data"):

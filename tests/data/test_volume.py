@@ -534,6 +534,22 @@ DAMAGED = {
     "oversized.mha": (lambda: mha_bytes(CompressedData="True", CompressedDataSize="99999999999"), "99999999999"),
     "negative.mha": (lambda: mha_bytes(CompressedData="True", CompressedDataSize="-5"), "compresseddatasize '-5'"),
     "header.mha": (lambda: mha_bytes(HeaderSize="99999999999"), "headersize '99999999999'"),
+    "blank.mha": (
+        lambda: mha_bytes().replace(b"ElementDataFile = LOCAL", b"\nElementDataFile = /etc/passwd"),
+        "passwd",
+    ),
+    "decoy.mha": (
+        lambda: mha_bytes().replace(
+            b"ElementDataFile = LOCAL",
+            b"Element DataFile = LOCAL\nelementdatafile = LOCAL\nElementDataFile = /etc/passwd",
+        ),
+        "voxels in '/etc/passwd'",
+    ),
+    "return.mha": (lambda: mha_bytes(Comment="x\rElementDataFile = /etc/passwd\r"), "stray line ends"),
+    "endless.mha": (lambda: mha_bytes().replace(b"ElementDataFile = LOCAL", b""), "no end of the header"),
+    "axes.mha": (lambda: mha_bytes(NDims="99999999999"), "ndims '99999999999'"),
+    "floating.mha": (lambda: mha_bytes(NDims="1e30"), "ndims '1e30'"),
+    "channels.mha": (lambda: mha_bytes(ElementNumberOfChannels="99999999999"), "elementnumberofchannels"),
     "scan.dcm": (lambda: b"DICM", "the suffix '.dcm'"),
     "scan": (lambda: b"x", "the suffix ''"),
 }

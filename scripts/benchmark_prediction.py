@@ -1,0 +1,120 @@
+"""Scans per hour of `medmeta predict` beside the plain MONAI pipeline, with the same weights, windows and overlap.
+
+    python scripts/benchmark_prediction.py MODEL FOLDER --scans 4
+
+The plain pipeline is LoadImage, Orientation, Spacing, intensities, sliding_window_inference, softmax, Invert, argmax
+and SaveImage, as MONAI's tutorials write it. Ways take turns, scan set by scan set, so that other work on the machine
+slows all of them; the median round counts. Dice is between the label maps of the plain pipeline and of each way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from medmeta.data.volume import Volume, is_volume, read_labels
+from medmeta.prediction import predict
+from medmeta.segmenter import Segmenter, load
+
+
+def plain(segmenter: Segmenter, scans: list[Path], out: Path, windows: int) -> None:
+    """The MONAI pipeline, one scan after the other."""
+    from monai import transforms as mt
+    from monai.data import MetaTensor, decollate_batch, list_data_collate
+    from monai.inferers import sliding_window_inference
+
+    def intensities(image: MetaTensor) -> MetaTensor:
+        grid = Volume(image.as_tensor().float(), image.affine.double())
+        scaled = segmenter.preprocess.forward(grid).data
+        return MetaTensor(scaled, meta=image.meta, applied_operations=image.applied_operations)
+
+    def logits(image: MetaTensor) -> torch.Tensor:
+        return segmenter.model.learner.segment(image.as_tensor(), segmenter.state)
+
+    before = mt.Compose(
+        [
+            mt.LoadImaged("image", ensure_channel_first=True),
+            mt.Orientationd("image", axcodes="RAS", labels=None),
+            mt.Spacingd("image", pixdim=segmenter.preprocess.spacing, mode="bilinear"),
+            mt.Lambdad("image", intensities),
+        ]
+    )
+    after = mt.Compose(
+        [
+            mt.Activationsd("pred", softmax=True),
+            mt.Invertd("pred", before, "image", nearest_interp=False, to_tensor=True),
+            mt.AsDiscreted("pred", argmax=True),
+            mt.SaveImaged("pred", output_dir=out, output_postfix="", separate_folder=False, print_log=False),
+        ]
+    )
+    for scan in scans:
+        batch = list_data_collate([before({"image": scan})])
+        with torch.no_grad():
+            batch["pred"] = sliding_window_inference(
+                batch["image"], segmenter.patch, windows, logits, 0.25, mode="gaussian", padding_mode="replicate"
+            )
+        for item in decollate_batch(batch):
+            after(item)
+
+
+def dice(a: torch.Tensor, b: torch.Tensor, label: int) -> float:
+    both, either = int(((a == label) & (b == label)).sum()), int((a == label).sum() + (b == label).sum())
+    return 2 * both / either if either else 1.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--scans", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--windows", type=int, default=4, help="sw_batch_size of the plain pipeline")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    segmenter = load(options.model)
+    scans = [path for path in sorted(options.folder.iterdir()) if is_volume(path)][: options.scans]
+    ways: dict[str, Callable[[Path], object]] = {
+        "plain MONAI": lambda out: plain(segmenter, scans, out, options.windows),
+        "default": lambda out: predict(segmenter, scans, out),
+        "bfloat16": lambda out: predict(segmenter, scans, out, precision=torch.bfloat16),
+    }
+    if importlib.util.find_spec("openvino"):
+        ways["openvino"] = lambda out: predict(segmenter, scans, out, backend="openvino")
+        ways["openvino bfloat16"] = lambda out: predict(
+            segmenter, scans, out, backend="openvino", precision=torch.bfloat16
+        )
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(options.rounds):
+            for name, run in ways.items():
+                shutil.rmtree(Path(folder, name), ignore_errors=True)
+                Path(folder, name).mkdir()
+                started = time.perf_counter()
+                run(Path(folder, name))
+                seconds[name].append(time.perf_counter() - started)
+        print(f"{len(scans)} scans, {options.threads} threads, median of {options.rounds} rounds")
+        print(f"{'way':<20}{'s/scan':>8}{'times':>7}{'Dice, least':>13}{'mean':>9}{'labels alike':>14}")
+        for name in ways:
+            scores, alike = [], []
+            for scan in scans:
+                a, b = (read_labels(Path(folder, way, scan.name)).data for way in ("plain MONAI", name))
+                scores += [dice(a, b, label) for label in segmenter.labels]
+                alike.append(float((a == b).float().mean()))
+            median = statistics.median(seconds[name])
+            print(
+                f"{name:<20}{median / len(scans):>8.2f}{statistics.median(seconds['plain MONAI']) / median:>7.2f}"
+                f"{min(scores):>13.5f}{statistics.mean(scores):>9.5f}{statistics.mean(alike):>14.6f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
