@@ -1,0 +1,123 @@
+"""What follows the network: averages over members and flips, the one piece an organ is, and how sure a label map is."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medmeta.inference import Band, Predictor
+
+ONE_PIECE = 0.98
+"""Share of a structure that its largest piece must hold in every support scan for other pieces to be removed."""
+
+
+def averaged(predictors: Sequence[Predictor]) -> Predictor:
+    """The mean of the probabilities of several predictors."""
+    if len(predictors) == 1:
+        return predictors[0]
+
+    def predict(image: Tensor) -> Tensor:
+        total = predictors[0](image).clone()
+        for predictor in predictors[1:]:
+            total += predictor(image)
+        return total / len(predictors)
+
+    return predict
+
+
+def flipped(predictor: Predictor, axes: Sequence[int]) -> Predictor:
+    """The mean of the probabilities over all flips of a window along some of its axes, each flipped back.
+
+    Args:
+        predictor: what is averaged.
+        axes: of 0, 1, 2. A flip along the first, left and right, makes a left organ a right one: it is for structures
+            without sides only.
+    """
+    turns = [
+        turn for count in range(len(axes) + 1) for turn in itertools.combinations([axis + 2 for axis in axes], count)
+    ]
+
+    def turned(turn: tuple[int, ...]) -> Predictor:
+        return lambda image: predictor(image.flip(turn)).flip(turn) if turn else predictor(image)
+
+    return averaged([turned(turn) for turn in turns])
+
+
+def one_piece(masks: Iterable[np.ndarray], classes: int) -> tuple[int, ...]:
+    """Classes that are one piece, `ONE_PIECE` of their voxels at least, in every mask that holds them.
+
+    Args:
+        masks: (X, Y, Z) with 0..K and -1 for ignored.
+        classes: K.
+    """
+    whole = dict.fromkeys(range(1, classes + 1), True)
+    seen = set()
+    for mask in masks:
+        for label in range(1, classes + 1):
+            structure = np.asarray(mask) == label
+            if structure.any():
+                seen.add(label)
+                sizes = _pieces(structure)[1]
+                whole[label] &= bool(sizes.max() >= ONE_PIECE * sizes.sum())
+    return tuple(label for label in sorted(seen) if whole[label])
+
+
+def keep_largest(labels: Tensor, values: Iterable[int]) -> Tensor:
+    """A label map (1, X, Y, Z) in which each of `values` keeps its largest piece; the others become background."""
+    kept = labels.clone()
+    for value in values:
+        structure = (labels[0] == value).numpy()
+        if structure.any():
+            pieces, sizes = _pieces(structure)
+            kept[0][torch.from_numpy(structure & (pieces != 1 + int(sizes.argmax())))] = 0
+    return kept
+
+
+def _pieces(structure: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Connected pieces, voxels that share an edge or corner being connected, numbered from 1, and their sizes."""
+    from scipy.ndimage import label
+
+    pieces, count = label(structure, np.ones((3,) * structure.ndim))
+    return pieces, np.bincount(pieces.ravel(), minlength=count + 1)[1:]
+
+
+@dataclass
+class Certainty:
+    """The Dice that the probabilities themselves expect, gathered band by band.
+
+    For a structure with probabilities p and the voxels M where its class is the most probable, the expected overlap
+    with the truth is the sum of p over M, and the expected size of the truth the sum of p: 2 sum_M p / (|M| + sum p).
+    It is as right as the probabilities are calibrated, which averages over members improve.
+    """
+
+    inside: Tensor | None = None
+    size: Tensor | None = None
+    mass: Tensor | None = None
+
+    def watch(self, bands: Iterable[Band]) -> Iterator[Band]:
+        """The same bands, counted on their way; rows that come again as context are counted once."""
+        reached = 0
+        for first, rows in bands:
+            fresh = rows[:, max(0, reached - first) :]
+            best = fresh.argmax(dim=0)
+            own = torch.stack([best == number for number in range(len(rows))])
+            counts = ((fresh * own).sum((1, 2, 3)), own.sum((1, 2, 3)), fresh.sum((1, 2, 3)))
+            if self.inside is None:
+                self.inside, self.size, self.mass = (torch.zeros(len(rows), dtype=torch.float64) for _ in counts)
+            for total, count in zip((self.inside, self.size, self.mass), counts, strict=True):
+                total += count.cpu()
+            reached = max(reached, first + rows.shape[1])
+            yield first, rows
+
+    def dice(self, classes: Sequence[int]) -> float:
+        """Expected Dice of the union of some classes; of a structure that is not found, and not expected either, 1."""
+        if self.inside is None:
+            raise ValueError("no band was watched; required: bands that were iterated")
+        chosen = list(classes)
+        inside, size, mass = (float(total[chosen].sum()) for total in (self.inside, self.size, self.mass))
+        return 2.0 * inside / (size + mass) if size + mass > 0 else 1.0
