@@ -24,6 +24,7 @@ from medmeta.forecast import forecast
 from medmeta.learners import MetaLearner
 from medmeta.losses import dice_cross_entropy
 from medmeta.networks import build_network
+from medmeta.postprocess import one_piece
 from medmeta.segmenter import Model, Segmenter, as_model
 from medmeta.train import autocast
 from medmeta.tuning import TUNINGS, tune_all
@@ -244,7 +245,10 @@ def make_segmenter(model: Model, task: Task, support: StoredTask, state: State, 
     """A segmenter for `task` from what was learned on its prepared support."""
     facts = {"task": task.name, "support_scans": len(support.cases), "support_terms": task.terms, **card}
     values = tuple(min(atom) for atom in task.atoms)
-    return Segmenter(model, state, support.preprocess, dict(task.targets), values, task.channels, support.patch, facts)
+    single = tuple(values[label - 1] for label in one_piece([case.mask for case in support.cases], support.classes))
+    return Segmenter(
+        model, state, support.preprocess, dict(task.targets), values, task.channels, support.patch, facts, single
+    )
 
 
 def adapt_prepared(

@@ -69,12 +69,18 @@ def one_piece(masks: Iterable[np.ndarray], classes: int) -> tuple[int, ...]:
 
 def keep_largest(labels: Tensor, values: Iterable[int]) -> Tensor:
     """A label map (1, X, Y, Z) in which each of `values` keeps its largest piece; the others become background."""
+    from scipy.ndimage import find_objects
+
+    wanted = set(values)
+    if not wanted:
+        return labels
     kept = labels.clone()
-    for value in values:
-        structure = (labels[0] == value).numpy()
-        if structure.any():
+    boxes = find_objects(labels[0].numpy(), max_label=max(wanted))
+    for value in wanted:
+        if boxes[value - 1]:
+            structure = (labels[0][boxes[value - 1]] == value).numpy()
             pieces, sizes = _pieces(structure)
-            kept[0][torch.from_numpy(structure & (pieces != 1 + int(sizes.argmax())))] = 0
+            kept[0][boxes[value - 1]][torch.from_numpy(structure & (pieces != 1 + int(sizes.argmax())))] = 0
     return kept
 
 

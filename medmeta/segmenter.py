@@ -33,6 +33,7 @@ from medmeta.inference import (
 )
 from medmeta.learners import MetaLearner, build_learner
 from medmeta.networks import build_network
+from medmeta.postprocess import Certainty, keep_largest
 
 FORMAT = 1
 WEIGHTS, STATE, DESCRIPTION = "weights.safetensors", "state.safetensors", "model.json"
@@ -66,6 +67,23 @@ class Model:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class Segmentation(Volume):
+    """A label map (1, X, Y, Z) that says how sure it is.
+
+    Args:
+        certainty: structure -> the Dice with the truth that the network's own probabilities expect, 0 to 1. It is an
+            estimate, to find the scans to look at first.
+    """
+
+    certainty: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def quality(self) -> float | None:
+        """Mean certainty over the structures."""
+        return sum(self.certainty.values()) / len(self.certainty) if self.certainty else None
+
+
 @dataclass
 class Segmenter:
     """A network adapted to one task: scan in, label map on exactly the scan's grid out.
@@ -79,6 +97,7 @@ class Segmenter:
         channels: names of the image channels it expects.
         patch: window of the sliding window, in working voxels.
         card: the support scans' number and how they were learned from.
+        single: label values of structures that were one piece in every support scan: of each the largest piece is kept.
     """
 
     model: Model
@@ -89,6 +108,7 @@ class Segmenter:
     channels: tuple[str, ...]
     patch: tuple[int, int, int]
     card: dict[str, Any] = field(default_factory=dict)
+    single: tuple[int, ...] = ()
 
     @torch.no_grad()
     def probabilities(
@@ -128,7 +148,7 @@ class Segmenter:
         predictor: Predictor | None = None,
         seconds: dict[str, float] | None = None,
         probabilities: Volume | None = None,
-    ) -> Volume:
+    ) -> Segmentation:
         """Label map (1, X, Y, Z) int32 on exactly the scan's grid, in memory that does not grow with the classes.
 
         Args:
@@ -145,9 +165,15 @@ class Segmenter:
             grid, bands = probabilities, [(0, probabilities.data)]
         before, started = seconds.get("network", 0.0), time.perf_counter()
         indices = index_map(grid.affine, scan.affine)
-        labels = restore_labels(bands, grid.shape, indices, scan.shape, [0, *self.labels])
+        certainty = Certainty()
+        labels = restore_labels(certainty.watch(bands), grid.shape, indices, scan.shape, [0, *self.labels])
+        labels = keep_largest(labels, self.single)
         seconds["restore"] = time.perf_counter() - started - (seconds.get("network", 0.0) - before)
-        return Volume(labels, scan.affine)
+        classes = {
+            name: [number for number, value in enumerate(self.labels, start=1) if value in values]
+            for name, values in self.targets.items()
+        }
+        return Segmentation(labels, scan.affine, {name: certainty.dice(own) for name, own in classes.items()})
 
     def _bands(
         self,
@@ -180,6 +206,7 @@ class Segmenter:
             "channels": self.channels,
             "patch": self.patch,
             "card": self.card,
+            "single": self.single,
         }
         description = self.model._description("adapted") | {"adapted": adapted}
         _write(folder, description, {WEIGHTS: self.model.learner.state_dict(), STATE: self.state}, overwrite)
@@ -216,6 +243,7 @@ def load(folder: str | Path) -> Model | Segmenter:
             tuple(adapted["channels"]),
             tuple(adapted["patch"]),
             adapted["card"],
+            tuple(adapted.get("single", ())),
         )
         _require_fit(segmenter)
         return segmenter

@@ -58,7 +58,7 @@ CONFIG_READERS = ("medmeta.config", "medmeta.cli", "medmeta.benchmark", "medmeta
         (("medmeta",), ("medmeta.config",), CONFIG_READERS),
         (("medmeta",), ("higher",), ("medmeta.learners.inner",)),
         (("medmeta",), ("torch.distributed", "lightning", "lightning_fabric"), ("medmeta.train",)),
-        (("medmeta",), ("ray",), ("medmeta.prediction", "medmeta.search")),
+        (("medmeta",), ("ray",), ("medmeta.ray_engine", "medmeta.search")),
         (("medmeta",), ("pickle",), ()),
     ],
 )

@@ -16,6 +16,7 @@ from medmeta.adaptation import Budget, adapt
 from medmeta.data.preprocess import Preprocess
 from medmeta.data.volume import Volume, grid_difference, read_header, write_volume
 from medmeta.errors import InputError
+from medmeta.postprocess import keep_largest
 from medmeta.segmenter import DESCRIPTION, STATE, WEIGHTS, Model, Segmenter, as_model, load, refuse_existing
 
 
@@ -232,7 +233,8 @@ def test_probabilities_are_probabilities_and_decide_the_labels(segmenter):
     assert torch.allclose(scores.data.sum(dim=0), torch.ones(scores.shape), atol=1e-4)
     assert scores.orientation == "RAS"
     brought_back = segmenter.preprocess.inverse(scores, scan).data.argmax(dim=0)
-    assert torch.equal(segmenter.predict(scan).data[0], torch.tensor([0, *segmenter.labels])[brought_back].int())
+    raw = replace(segmenter, single=())
+    assert torch.equal(raw.predict(scan).data[0], torch.tensor([0, *segmenter.labels])[brought_back].int())
     # Plain tensors that may be worked on.
     scores.data.mul_(2)
     assert not scores.data.requires_grad
@@ -252,10 +254,31 @@ def test_predicting_changes_nothing(segmenter):
 
 def test_label_values_are_those_of_the_targets(segmenter):
     scan, _ = phantom(2, 2)
-    values = replace(segmenter, labels=(7, 40000)).predict(scan).data
-    classes = segmenter.predict(scan).data
+    values = replace(segmenter, labels=(7, 40000), single=()).predict(scan).data
+    classes = replace(segmenter, single=()).predict(scan).data
     assert torch.equal(values == 7, classes == 1)
     assert torch.equal(values == 40000, classes == 2)
+
+
+def test_structures_of_one_piece_keep_their_largest(segmenter):
+    scan, _ = phantom(2, 2)
+    raw = replace(segmenter, single=()).predict(scan).data
+    for single in ((), (1,), (1, 2)):
+        made = replace(segmenter, single=single).predict(scan).data
+        assert torch.equal(made, keep_largest(raw, single))
+    assert not torch.equal(made, raw), "noise has many pieces"
+
+
+def test_a_segmentation_says_how_sure_it_is(segmenter):
+    scan, _ = phantom(2, 2)
+    targets = {"one": (1,), "both": (1, 2)}
+    made = replace(segmenter, targets=targets).predict(scan)
+    assert made.certainty.keys() == targets.keys()
+    assert all(0 <= value <= 1 for value in made.certainty.values())
+    assert made.quality == pytest.approx(sum(made.certainty.values()) / 2)
+    probabilities = segmenter.probabilities(scan)
+    again = replace(segmenter, targets=targets).predict(scan, probabilities=probabilities)
+    assert again.certainty == pytest.approx(made.certainty, abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 40, 1), (5, 5, 5), (3, 90, 4)])

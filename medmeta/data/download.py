@@ -54,13 +54,15 @@ def download(name: str | Path, to: str | Path, *, timeout: float = 30.0, progres
     manifest = load_manifest(path if path.suffix.lower() in (".yaml", ".yml") else find_manifest(str(name)))
     to = Path(to)
     folder = to / manifest.folder
+    archive = to / Path(urlsplit(manifest.source).path).name
     if (folder / "dataset.json").is_file():
+        if archive.is_file():  # a kill came between unpacking and removing it
+            archive.unlink(missing_ok=True)
         return folder
     if not (manifest.source and manifest.checksum and manifest.size_gb):
         found = f"a data set without an open download (licence: {manifest.licence or 'not stated'})"
         raise InputError(manifest.name, found, f"the data in {folder}", manifest.obtain)
     size = int(manifest.size_gb * _GB)
-    archive = to / Path(urlsplit(manifest.source).path).name
     if not archive.name.endswith(SUFFIXES):
         raise InputError(manifest.name, f"the source {manifest.source!r}", f"an archive, one of {', '.join(SUFFIXES)}")
     try:
@@ -72,7 +74,7 @@ def download(name: str | Path, to: str | Path, *, timeout: float = 30.0, progres
                 progress=progress and (lambda done, total: progress("fetching", done, total)),
             )  # fmt: skip
             _unpack(archive, folder, manifest, progress)
-            archive.unlink()
+            archive.unlink(missing_ok=True)
     except Timeout as error:
         raise InputError(archive, "another process that fetches it", "one at a time", "Wait for it.") from error
     except OSError as error:

@@ -267,8 +267,10 @@ def test_a_data_set_is_fetched_unpacked_and_fetched_once(server, tmp_path):
     assert [case.id for case in load_task(manifest, root=tmp_path / "data").cases] == ["a"]
     assert {what for what, _, _ in told} == {"fetching", "unpacking"}
     assert [path.name for path in folder.parent.iterdir() if not path.name.startswith(".")] == ["Toy"]
+    (tmp_path / "data" / "task.tar").write_bytes(b"left by a run that was killed")
     assert download(manifest, tmp_path / "data") == folder
     assert server.ranges == [None]
+    assert [path.name for path in folder.parent.iterdir() if not path.name.startswith(".")] == ["Toy"]
 
 
 def test_a_hostile_data_set_leaves_nothing_but_its_archive(server, tmp_path):
