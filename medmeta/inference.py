@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -78,6 +79,8 @@ def openvino_predictor(
         raise InputError("backend openvino", f"a state of {', '.join(sorted(state)[:3])}", required, remedy)
     try:
         import openvino
+        from openvino.frontend import FrontEndManager
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
     except ImportError as error:
         required, remedy = "the package openvino", "pip install 'medmeta[openvino]'"
         raise InputError("backend openvino", "no package openvino", required, remedy) from error
@@ -92,8 +95,13 @@ def openvino_predictor(
         def forward(self, image: Tensor) -> Tensor:
             return _by_slices(net, image, net.spatial_dims).softmax(dim=1)
 
-    with torch.no_grad():
-        model = openvino.convert_model(Network(), example_input=torch.zeros(tuple(shape)), input=[tuple(shape)])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # windows have one shape: its branches may be fixed
+        # Not openvino.convert_model, which reports to its makers that it was used.
+        front = FrontEndManager().load_by_framework("pytorch")
+        traced = TorchScriptPythonDecoder(Network(), example_input=torch.zeros(tuple(shape)))
+        model = front.convert(front.load(traced))
+        model.reshape(list(shape))
     hint = "bf16" if precision == torch.bfloat16 else "f32"
     compiled = openvino.compile_model(
         model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}

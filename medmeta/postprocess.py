@@ -1,8 +1,7 @@
-"""What follows the network: averages over members and flips, the one piece an organ is, and how sure a label map is."""
+"""What follows the network: the one piece an organ is, and how sure a label map is."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,42 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medmeta.inference import Band, Predictor
+from medmeta.inference import Band
 
 ONE_PIECE = 0.98
 """Share of a structure that its largest piece must hold in every support scan for other pieces to be removed."""
-
-
-def averaged(predictors: Sequence[Predictor]) -> Predictor:
-    """The mean of the probabilities of several predictors."""
-    if len(predictors) == 1:
-        return predictors[0]
-
-    def predict(image: Tensor) -> Tensor:
-        total = predictors[0](image).clone()
-        for predictor in predictors[1:]:
-            total += predictor(image)
-        return total / len(predictors)
-
-    return predict
-
-
-def flipped(predictor: Predictor, axes: Sequence[int]) -> Predictor:
-    """The mean of the probabilities over all flips of a window along some of its axes, each flipped back.
-
-    Args:
-        predictor: what is averaged.
-        axes: of 0, 1, 2. A flip along the first, left and right, makes a left organ a right one: it is for structures
-            without sides only.
-    """
-    turns = [
-        turn for count in range(len(axes) + 1) for turn in itertools.combinations([axis + 2 for axis in axes], count)
-    ]
-
-    def turned(turn: tuple[int, ...]) -> Predictor:
-        return lambda image: predictor(image.flip(turn)).flip(turn) if turn else predictor(image)
-
-    return averaged([turned(turn) for turn in turns])
 
 
 def one_piece(masks: Iterable[np.ndarray], classes: int) -> tuple[int, ...]:
@@ -98,7 +65,7 @@ class Certainty:
 
     For a structure with probabilities p and the voxels M where its class is the most probable, the expected overlap
     with the truth is the sum of p over M, and the expected size of the truth the sum of p: 2 sum_M p / (|M| + sum p).
-    It is as right as the probabilities are calibrated, which averages over members improve.
+    It is as right as the probabilities are calibrated.
     """
 
     inside: Tensor | None = None

@@ -36,8 +36,8 @@ def plain(segmenter: Segmenter, scans: list[Path], out: Path, windows: int) -> N
         scaled = segmenter.preprocess.forward(grid).data
         return MetaTensor(scaled, meta=image.meta, applied_operations=image.applied_operations)
 
-    def logits(image: MetaTensor) -> torch.Tensor:
-        return segmenter.model.learner.segment(image.as_tensor(), segmenter.state)
+    def logits(image: torch.Tensor) -> torch.Tensor:
+        return segmenter.model.learner.segment(image, segmenter.state)
 
     before = mt.Compose(
         [

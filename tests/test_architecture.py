@@ -43,7 +43,7 @@ def edges(sources: tuple[str, ...], targets: tuple[str, ...], besides: tuple[str
 
 
 LEARNING = ("medmeta.networks", "medmeta.losses", "medmeta.learners")
-RIGHT = ("medmeta.prediction", "medmeta.evaluate", "medmeta.active", "medmeta.report")
+RIGHT = ("medmeta.prediction", "medmeta.evaluate", "medmeta.active", "medmeta.report", "medmeta.review")
 CONFIG_READERS = ("medmeta.config", "medmeta.cli", "medmeta.benchmark", "medmeta.search")
 
 

@@ -146,8 +146,11 @@ def test_a_class_that_wins_at_no_corner_can_win_between_them():
     assert labels.flatten().tolist() == [1, 2, 0]
 
 
-def test_openvino_gives_the_probabilities_of_torch():
+def test_openvino_gives_the_probabilities_of_torch_and_reports_to_nobody(monkeypatch):
     pytest.importorskip("openvino", reason="needs the extra openvino")
+    telemetry = pytest.importorskip("openvino_telemetry", reason="comes with openvino")
+    reports = []
+    monkeypatch.setattr(telemetry.Telemetry, "send_event", lambda *event, **_: reports.append(event))
     from small import tiny_model
 
     model = tiny_model()
@@ -159,6 +162,7 @@ def test_openvino_gives_the_probabilities_of_torch():
     found = openvino_predictor(model.learner, state, (1, 2, 16, 16, 8))(windows)
     assert torch.allclose(found, expected, atol=1e-4)
     assert float(expected.std()) > 0.01
+    assert reports == []
 
 
 def test_a_state_without_weights_is_no_network_for_openvino():

@@ -4,24 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from medmeta.postprocess import Certainty, averaged, flipped, keep_largest, one_piece
-
-
-def test_the_average_of_predictors_is_their_mean():
-    image = torch.rand(2, 1, 4, 4, 4)
-    predictors = [lambda image: image, lambda image: image**2, lambda image: 3 * image]
-    torch.testing.assert_close(averaged(predictors)(image), (image + image**2 + 3 * image) / 3)
-    assert torch.equal(averaged(predictors[:1])(image), image)
-
-
-def test_flips_are_undone_before_the_average():
-    image = torch.rand(1, 2, 3, 4, 5)
-    torch.testing.assert_close(flipped(lambda image: 2 * image, (0, 1, 2))(image), 2 * image)
-    seen = []
-    flipped(lambda image: seen.append(image) or image, (1, 2))(image)
-    assert len(seen) == 4
-    expected = [image, image.flip(3), image.flip(4), image.flip(3, 4)]
-    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+from medmeta.postprocess import Certainty, keep_largest, one_piece
 
 
 def blobs(*corners, size=3, shape=(12, 12, 12)):

@@ -28,7 +28,9 @@ def support(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def segmenter(support) -> Segmenter:
     targets = {"anterior": (1,), "posterior": (2,)}
-    return adapt(tiny_model(), support / "images", support / "labels", targets=targets, budget=Budget(steps=5))
+    return adapt(
+        tiny_model(), support / "images", support / "labels", targets=targets, budget=Budget(steps=20, rate=2e-2)
+    )
 
 
 @pytest.fixture

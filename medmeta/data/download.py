@@ -56,7 +56,8 @@ def download(name: str | Path, to: str | Path, *, timeout: float = 30.0, progres
     folder = to / manifest.folder
     archive = to / Path(urlsplit(manifest.source).path).name
     if (folder / "dataset.json").is_file():
-        if archive.is_file():  # a kill came between unpacking and removing it
+        # A kill may have come between unpacking and removing; another file of that name is none of ours.
+        if archive.is_file() and _digest(archive, manifest.checksum) == manifest.checksum:
             archive.unlink(missing_ok=True)
         return folder
     if not (manifest.source and manifest.checksum and manifest.size_gb):

@@ -267,7 +267,11 @@ def test_a_data_set_is_fetched_unpacked_and_fetched_once(server, tmp_path):
     assert [case.id for case in load_task(manifest, root=tmp_path / "data").cases] == ["a"]
     assert {what for what, _, _ in told} == {"fetching", "unpacking"}
     assert [path.name for path in folder.parent.iterdir() if not path.name.startswith(".")] == ["Toy"]
-    (tmp_path / "data" / "task.tar").write_bytes(b"left by a run that was killed")
+    left = tmp_path / "data" / "task.tar"
+    left.write_bytes(b"somebody else's")
+    assert download(manifest, tmp_path / "data") == folder
+    assert left.exists()
+    left.write_bytes(server.content)  # as a run that was killed leaves it
     assert download(manifest, tmp_path / "data") == folder
     assert server.ranges == [None]
     assert [path.name for path in folder.parent.iterdir() if not path.name.startswith(".")] == ["Toy"]
