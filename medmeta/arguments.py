@@ -24,7 +24,9 @@ Background = Annotated[
     typer.Option("--background", metavar="1,4", help="Label values of other organs, to count as background."),
 ]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the config.")]
-ModelFolder = Annotated[Path, typer.Argument(help="Model folder that train or adapt wrote.")]
+ModelFolder = Annotated[
+    Path, typer.Argument(help="Model folder that train or adapt wrote, or the name of a model that comes with medmeta.")
+]
 Precision = Annotated[
     str, typer.Option("--precision", help="float32, bfloat16, or auto: bfloat16 where the processor has it.")
 ]

@@ -174,6 +174,7 @@ def adapt(
 ) -> None:
     """Adapt a model to a new organ from a few labelled scans, and say how good it will be.
 
+    The output layer gets one row per class, the input layer one slice per channel, both grown from the learned ones.
     With 3 or more scans the way to adapt is chosen by leaving scans out, and the Dice on unseen scans is forecast.
 
     Example: medmeta adapt model --images scans --labels labels --target kidney=2,3 --out kidney

@@ -212,15 +212,32 @@ class Segmenter:
         _write(folder, description, {WEIGHTS: self.model.learner.state_dict(), STATE: self.state}, overwrite)
 
 
+SHIPPED = Path(__file__).parent / "models"
+"""Where the models lie that come with the package."""
+
+
+def shipped_models() -> tuple[str, ...]:
+    """Names of the models that come with the package."""
+    return tuple(sorted(path.parent.name for path in SHIPPED.glob(f"*/{DESCRIPTION}")))
+
+
 def load(folder: str | Path) -> Model | Segmenter:
-    """Read a model folder.
+    """Read a model folder, or a model that comes with the package by its name.
+
+    A folder of that name goes first.
 
     Raises:
-        InputError: a file is missing, changed or of another format.
+        InputError: no such folder or name; a file is missing, changed or of another format.
     """
+    if not Path(folder).is_dir() and str(folder) in shipped_models():
+        folder = SHIPPED / str(folder)
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(folder, "no such folder", "a model folder that `medmeta train` or `medmeta adapt` wrote")
+        names = ", ".join(shipped_models())
+        required = "a model folder that `medmeta train` or `medmeta adapt` wrote" + (
+            f", or one of {names}" if names else ""
+        )
+        raise InputError(folder, "no such folder", required)
     description = read_json(folder / DESCRIPTION)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else type(description).__name__

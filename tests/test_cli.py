@@ -154,6 +154,24 @@ def test_adapt_predict_evaluate(medmeta_command, model, support, tmp_path):
         assert words in run.out
 
 
+def test_adapt_chooses_and_forecasts_from_three_scans(medmeta_command, model, tmp_path):
+    write_pairs(tmp_path / "three", cases=(0, 1, 2))
+    words = adapt_words(model, tmp_path / "three", tmp_path / "organ", "--steps", 3)
+    run = medmeta_command(*words)
+    assert (run.code, run.err) == (0, "")
+    card = load(tmp_path / "organ").card
+    for name, dice in card["left_out"]["mean_dice"].items():
+        assert f"{name} {dice:.3f}" in run.out
+    assert f"Adapted by {card['method']}" in run.out
+    assert "Expected Dice on unseen scans like these" in run.out
+    assert "With further labelled scans: 1 more" in run.out
+    assert "Expected Dice" in medmeta_command("info", tmp_path / "organ").out
+    with_two = medmeta_command(
+        *adapt_words(model, tmp_path / "three", tmp_path / "two", "--method", "head", "--steps", 1)
+    )
+    assert "Adapted by head. From 3 labelled scans on" in with_two.out
+
+
 def test_adapt_with_overlapping_targets(medmeta_command, model, support, tmp_path):
     run = medmeta_command(
         "adapt", model, "--images", support / "images", "--labels", support / "labels", "--out", tmp_path / "organ",

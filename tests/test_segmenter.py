@@ -12,12 +12,23 @@ import pytest
 import torch
 from small import TERMS, phantom, tiny_2d, tiny_model, tree, write_pairs
 
+import medmeta.segmenter as segmenter_module
 from medmeta.adaptation import Budget, adapt
 from medmeta.data.preprocess import Preprocess
 from medmeta.data.volume import Volume, grid_difference, read_header, write_volume
 from medmeta.errors import InputError
 from medmeta.postprocess import keep_largest
-from medmeta.segmenter import DESCRIPTION, STATE, WEIGHTS, Model, Segmenter, as_model, load, refuse_existing
+from medmeta.segmenter import (
+    DESCRIPTION,
+    STATE,
+    WEIGHTS,
+    Model,
+    Segmenter,
+    as_model,
+    load,
+    refuse_existing,
+    shipped_models,
+)
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +271,19 @@ def test_label_values_are_those_of_the_targets(segmenter):
     classes = replace(segmenter, single=()).predict(scan).data
     assert torch.equal(values == 7, classes == 1)
     assert torch.equal(values == 40000, classes == 2)
+
+
+def test_a_model_that_comes_with_the_package_goes_by_its_name(segmenter, tmp_path, monkeypatch):
+    monkeypatch.setattr(segmenter_module, "SHIPPED", tmp_path / "models")
+    segmenter.model.save(tmp_path / "models" / "organs")
+    assert shipped_models() == ("organs",)
+    assert isinstance(load("organs"), Model)
+    with pytest.raises(InputError, match=r"nothing: found no such folder; required: .*, or one of organs"):
+        load("nothing")
+    # A folder of that name is what is meant.
+    monkeypatch.chdir(tmp_path)
+    segmenter.save("organs")
+    assert isinstance(load("organs"), Segmenter)
 
 
 def test_structures_of_one_piece_keep_their_largest(segmenter):
