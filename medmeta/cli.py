@@ -217,6 +217,9 @@ def predict(
     recursive: Annotated[bool, typer.Option("--recursive", help="Search folders within folders.")] = False,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Write probabilities too.")] = False,
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Write DICOM SEG too, for DICOM series.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write a page to look at every scan, report/index.html.")
+    ] = False,
     backend: Backend = "torch",
     engine: Engine = "local",
     workers: Workers = 1,
@@ -230,9 +233,11 @@ def predict(
     """
     from medmeta.console import Reporter
     from medmeta.prediction import predict_each
+    from medmeta.review import predicted_cases, write_review
 
     total, counts = 0, {"done": 0, "kept": 0, "failed": 0}
-    failed = []
+    results, failed = [], []
+    segmenter = _segmenter(model)
 
     def progress(_done: int, of: int) -> None:
         nonlocal total
@@ -240,7 +245,7 @@ def predict(
 
     with Reporter(console) as reporter:
         for result in predict_each(
-            _segmenter(model),
+            segmenter,
             inputs,
             out,
             overwrite=overwrite,
@@ -256,11 +261,23 @@ def predict(
             progress=progress,
         ):
             counts[result.status] += 1
+            results.append(result)
             failed += [result] if result.status == "failed" else []
             note = f"{counts['failed']} failed" if failed else ""
             reporter("segmenting", sum(counts.values()), total, note)
+        if report:
+            page = write_review(
+                out,
+                predicted_cases(results),
+                targets=segmenter.targets,
+                title=f"{', '.join(segmenter.targets)}: {len(results)} scans",
+                settings={"adapted from": segmenter.card},
+                progress=lambda done, of: reporter("writing the page", done, of),
+            )
     for result in failed:
         _line(f"failed: {result.scan}: {result.reason}")
+    if report:
+        _line(f"To look at them: {page}")
     done, kept = counts["done"], counts["kept"]
     _line(f"{done} segmented, {kept} there already, {len(failed)} failed; all in {out}")
     raise typer.Exit(1 if failed else 0)
@@ -273,6 +290,10 @@ def evaluate(
     json: Annotated[Path | None, typer.Option("--json", help="Write every case here too.")] = None,
     target: Targets = None,
     tolerance: Annotated[float, typer.Option(help="Of surface Dice, in mm.")] = 2.0,
+    images: Annotated[Path | None, typer.Option("--images", help="Folder of the scans, for --report.")] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Folder for a page to look at every case, worst first.")
+    ] = None,
 ) -> None:
     """Compare two folders of label maps: Dice, surface Dice, HD95, missed organs.
 
@@ -280,8 +301,11 @@ def evaluate(
     """
     from medmeta.console import Reporter
     from medmeta.evaluate import evaluate_folders
+    from medmeta.review import evaluated_cases, write_review
 
     require_writable(json)
+    if (images is None) != (report is None):
+        raise InputError("--report", "without --images" if report else "--images alone", "both or neither")
     with Reporter(console) as reporter:
         evaluation = evaluate_folders(
             reference,
@@ -290,9 +314,20 @@ def evaluate(
             tolerance_mm=tolerance,
             progress=lambda done, total: reporter("comparing", done, total),
         )
+        if report:
+            page = write_review(
+                report,
+                evaluated_cases(evaluation, images),
+                targets=evaluation.targets,
+                title=f"{len(evaluation.files)} cases",
+                settings={"surface Dice tolerance mm": tolerance},
+                progress=lambda done, total: reporter("writing the page", done, total),
+            )
     if json:
         evaluation.to_json(json)
     console.print(evaluation_table(evaluation))
+    if report:
+        _line(f"To look at them: {page}")
     for file, reason in evaluation.failures:
         _line(f"problem: {file}: {reason}")
     _line(f"{len({row['case'] for row in evaluation.rows})} cases scored, {len(evaluation.failures)} problems")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,12 +136,14 @@ class Evaluation:
         failures: (file, reason) of what could not be scored or looks wrong.
         targets: name -> label values, in the order they are reported.
         tolerance_mm: the tolerance of the surface Dice, mm.
+        files: case -> reference and prediction.
     """
 
     rows: list[dict[str, Any]]
     failures: list[tuple[str, str]]
     targets: dict[str, tuple[int, ...]]
     tolerance_mm: float = 2.0
+    files: dict[str, tuple[Path, Path]] = field(default_factory=dict)
 
     def summary(self, seed: int = 0) -> dict[str, Any]:
         """Means over cases with 95 % bootstrap intervals, per target and over all.
@@ -240,7 +242,7 @@ def evaluate_folders(
             failures.append((str(error.filename or found_path), " ".join(str(error.strerror or error).split())))
         if progress is not None:
             progress(done, len(pairs))
-    return Evaluation(rows, sorted(failures), chosen, tolerance_mm)
+    return Evaluation(rows, sorted(failures), chosen, tolerance_mm, pairs)
 
 
 def _pair(reference: Path, prediction: Path, failures: list[tuple[str, str]]) -> dict[str, tuple[Path, Path]]:
@@ -306,16 +308,30 @@ def _score_case(
 
 
 def score_case(segmenter: Segmenter, task: Task, case: Case, tolerance_mm: float, **options: Any) -> dict[str, Any]:
-    """Segment one labelled scan and score each target. Options as of `Segmenter.predict`.
-
-    Returns:
-        {"case": id, target: {"dice", "surface_dice", "hd95_mm", "missed", "invented"}, ...}.
+    """Segment one labelled scan and score each target, as `score_prediction` does. Options as of `Segmenter.predict`.
 
     Raises:
         InputError: scan or label map cannot be used.
     """
     scan, reference = read_case(task, case)
-    prediction = segmenter.predict(scan, **options)
+    return score_prediction(segmenter.predict(scan, **options), task, case, scan, reference, tolerance_mm)
+
+
+def score_prediction(
+    prediction: Volume, task: Task, case: Case, scan: Volume, reference: torch.Tensor, tolerance_mm: float
+) -> dict[str, Any]:
+    """Score each target of a label map.
+
+    Args:
+        prediction: the label map (1, X, Y, Z).
+        task, case: what was segmented.
+        scan, reference: as `read_case` gives them.
+        tolerance_mm: of surface Dice.
+
+    Returns:
+        {"case": id, target: {"dice", "surface_dice", "hd95_mm", "missed", "invented"}, ...}; figures that do not exist
+        are NaN.
+    """
     predicted = task.encode(prediction.data, case.id)
     counted = (reference != IGNORED).numpy()[0]
     row: dict[str, Any] = {"case": case.id}

@@ -172,6 +172,20 @@ def test_adapt_chooses_and_forecasts_from_three_scans(medmeta_command, model, tm
     assert "Adapted by head. From 3 labelled scans on" in with_two.out
 
 
+def test_pages_to_look_at(medmeta_command, adapted, support, tmp_path):
+    run = medmeta_command("predict", adapted, support / "images", "--out", tmp_path / "made", "--report")
+    assert (run.code, run.err) == (0, "")
+    assert (tmp_path / "made" / "report" / "index.html").is_file()
+    assert "To look at them" in run.out
+    folders = ("--reference", support / "labels", "--prediction", tmp_path / "made")
+    run = medmeta_command("evaluate", *folders, "--images", support / "images", "--report", tmp_path / "scored")
+    assert (tmp_path / "scored" / "report" / "index.html").is_file(), run.err
+    refused = medmeta_command("evaluate", *folders, "--report", tmp_path / "other")
+    assert refused.code == 2
+    assert "without --images" in refused.err
+    assert not (tmp_path / "other").exists()
+
+
 def test_adapt_with_overlapping_targets(medmeta_command, model, support, tmp_path):
     run = medmeta_command(
         "adapt", model, "--images", support / "images", "--labels", support / "labels", "--out", tmp_path / "organ",

@@ -15,10 +15,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 from matplotlib.image import imread, imsave
+from small import write_pairs
 
 from medmeta import review
 from medmeta.errors import InputError
-from medmeta.review import ReviewCase, write_review
+from medmeta.evaluate import evaluate_folders
+from medmeta.prediction import Prediction
+from medmeta.review import ReviewCase, evaluated_cases, predicted_cases, write_review
 
 TARGETS = {"left ball": (3,), "right ball": (7,)}
 COLOURS = {"left ball": (230, 159, 0), "right ball": (86, 180, 233)}
@@ -542,3 +545,34 @@ def test_the_page_follows_the_wish_for_light_or_dark(browsed):
     assert ground() > 600
     browsed.page.locator("#theme").click()
     assert ground() < 150
+
+
+def test_cases_of_a_batch_prediction(tmp_path):
+    results = [
+        Prediction(
+            tmp_path / "a.nii.gz", tmp_path / "out" / "a.nii.gz", "done", volumes_ml={"kidney": 3.5}, quality=0.9
+        ),
+        Prediction(tmp_path / "b.nii.gz", None, "failed", "no voxel", name="second", notes=("sheared",)),
+    ]
+    first, second = predicted_cases(results)
+    assert (first.name, first.prediction, first.quality) == ("a.nii.gz", results[0].output, 0.9)
+    assert first.scores == {"kidney": {"prediction_ml": 3.5}}
+    assert (second.name, second.prediction) == ("second", None)
+    assert second.flags == ("sheared", "failed: no voxel")
+
+
+def test_cases_of_an_evaluation_find_their_scans(tmp_path):
+    write_pairs(tmp_path, cases=(0, 1))
+    shutil.copytree(tmp_path / "labels", tmp_path / "made")
+    evaluation = evaluate_folders(tmp_path / "labels", tmp_path / "made")
+    cases = {case.name: case for case in evaluated_cases(evaluation, tmp_path / "images")}
+    assert cases.keys() == {"case0", "case1"}
+    assert cases["case0"].scan == tmp_path / "images" / "case0.nii.gz"
+    assert cases["case0"].reference == tmp_path / "labels" / "case0.nii.gz"
+    assert cases["case0"].prediction == tmp_path / "made" / "case0.nii.gz"
+    assert {row["dice"] for row in cases["case1"].scores.values()} == {1.0}
+    (tmp_path / "images" / "case0.nii.gz").rename(tmp_path / "images" / "case0_0000.nii.gz")
+    assert len(evaluated_cases(evaluation, tmp_path / "images")) == 2
+    write_pairs(tmp_path / "others", cases=(7,))
+    with pytest.raises(InputError, match="no scan of 2 cases"):
+        evaluated_cases(evaluation, tmp_path / "others" / "images")

@@ -19,22 +19,27 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import distribution, version
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import nibabel as nib
 import numpy as np
 
+from medmeta.data.folders import listed, stem
 from medmeta.data.manifests import as_targets
 from medmeta.data.stored import by
 from medmeta.data.volume import Volume, grid_difference, read_labels, read_volume
 from medmeta.errors import InputError
 from medmeta.files import replacing
+
+if TYPE_CHECKING:
+    from medmeta.evaluate import Evaluation
+    from medmeta.prediction import Prediction
 
 VOXEL_LIMIT = 2**24
 """Larger volumes are shown on every second, third, ... voxel: 512 x 512 x 64 voxels, about 30 MiB in base64."""
@@ -72,6 +77,42 @@ class ReviewCase:
     quality: float | None = None
     flags: Sequence[str] = ()
     window: tuple[float, float] | None = None
+
+
+def predicted_cases(results: Iterable[Prediction]) -> list[ReviewCase]:
+    """What a batch prediction made of each scan, failures as flags."""
+    return [
+        ReviewCase(
+            result.name or result.scan.name,
+            result.scan,
+            prediction=result.output,
+            scores={name: {"prediction_ml": volume} for name, volume in result.volumes_ml.items()},
+            quality=result.quality,
+            flags=(*result.notes, *([f"failed: {result.reason}"] if result.status == "failed" else [])),
+        )
+        for result in results
+    ]
+
+
+def evaluated_cases(evaluation: Evaluation, images: str | Path) -> list[ReviewCase]:
+    """The cases of an evaluation with their scans; a case pairs with the scan of its name, or its channel 0.
+
+    Raises:
+        InputError: `images` is no folder, or holds the scan of no case.
+    """
+    scans = {stem(path): path for path in listed(Path(images))}
+    found = {case: scans.get(case, scans.get(f"{case}_0000")) for case in evaluation.files}
+    if not any(found.values()):
+        required = "scans named like their label maps, the suffix aside"
+        raise InputError(images, f"no scan of {len(found)} cases", required)
+    scores: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in evaluation.rows:
+        scores.setdefault(row["case"], {})[row["target"]] = row
+    return [
+        ReviewCase(case, scan, *evaluation.files[case], scores=scores.get(case, {}))
+        for case, scan in found.items()
+        if scan is not None
+    ]
 
 
 def write_review(
