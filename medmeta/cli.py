@@ -94,6 +94,10 @@ def check(
     json: Annotated[Path | None, typer.Option("--json", help="Write the findings here too.")] = None,
     root: Annotated[Path | None, typer.Option("--root", help="Folder that holds the data of a manifest.")] = None,
     target: Targets = None,
+    patients: Annotated[
+        str | None, typer.Option("--patients", metavar="PATTERN", help="Its group is the patient of a case id.")
+    ] = None,
+    fix: Annotated[Path | None, typer.Option("--fix", help="New folder for copies of what can be repaired.")] = None,
 ) -> None:
     """Read every scan before hours are spent on it, and say what is wrong with each.
 
@@ -101,9 +105,13 @@ def check(
     """
     from medmeta.console import Reporter
     from medmeta.data.check import check_path, summarise
+    from medmeta.data.check import fix as repair_all
     from medmeta.files import write_json
+    from medmeta.segmenter import refuse_existing
 
     require_writable(json)
+    if fix:
+        refuse_existing(fix)
     scans = 0
     with Reporter(console) as reporter:
 
@@ -112,14 +120,42 @@ def check(
             scans = total
             reporter("reading", done, total)
 
-        findings = check_path(path, root=root, targets=read_targets(target), progress=progress)
+        findings = check_path(
+            path, root=root, targets=read_targets(target), patient_pattern=patients, progress=progress
+        )
     summary = summarise(findings, scans)
     for finding in findings:
         _line(f"{finding.severity}: {finding.file}: {finding.problem}: {finding.message}")
     if json:
         write_json(json, summary)
+    for repair in repair_all(findings, fix) if fix else ():
+        _line(f"{'repaired' if repair.copy else 'not repaired'}: {repair.file}: {repair.message}")
+    for line in findings.advice():
+        _line(line)
     _line(f"{scans} scans read, {summary['errors']} errors, {summary['warnings']} warnings")
     raise typer.Exit(1 if findings else 0)
+
+
+@app.command()
+def download(
+    names: Annotated[list[str], typer.Argument(help="Data sets, such as Task04_Hippocampus, or manifests.")],
+    to: Annotated[Path, typer.Option("--to", help="Data root; made when missing.")],
+) -> None:
+    """Fetch, check and unpack public data sets; goes on where it was stopped.
+
+    Example: medmeta download Task04_Hippocampus --to data
+    """
+    from medmeta.console import Reporter
+    from medmeta.data.download import download as fetch_set
+
+    with Reporter(console) as reporter:
+        for name in names:
+
+            def progress(what: str, done: int, total: int, name: str = name) -> None:
+                reporter(f"{what} {name} (MiB)", done >> 20, total >> 20)
+
+            folder = fetch_set(name, to, progress=progress)
+            _line(f"{name} is in {folder}")
 
 
 @app.command()
@@ -366,6 +402,32 @@ def benchmark(
         )  # fmt: skip
     _line(markdown_table(rows, list(plans)))
     _line(f"Surface Dice and costs are in {out / 'table.md'}. Every case, the models and the curves are in {out}")
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="PyTorch file of plain tensors.")],
+    out: Out,
+    network: Annotated[str, typer.Option(help="Network that the weights belong to.")] = "se_unet_3d",
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Option of the network, as YAML.")
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="What stands before each name, such as module.")] = "",
+    terms: Annotated[str, typer.Option(help="Licence of the weights.")] = "",
+) -> None:
+    """Bring in a foreign PyTorch checkpoint; nothing in it is ever run.
+
+    Example: medmeta import body.pt --option "channels=[16,32,64,128]" --out model
+    """
+    import yaml
+
+    from medmeta.imports import import_checkpoint
+    from medmeta.segmenter import refuse_existing
+
+    refuse_existing(out)
+    options = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in option or ())}
+    import_checkpoint(checkpoint, network=network, options=options, prefix=prefix, terms=terms).save(out)
+    _line(f"The model is in {out}")
 
 
 @app.command()

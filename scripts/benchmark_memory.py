@@ -11,7 +11,6 @@ came on top of the scan and the libraries.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import multiprocessing
 import resource
 import time
@@ -59,8 +58,8 @@ def run(way: str, options: argparse.Namespace, answer: Connection) -> None:
         grid = preprocess.forward(volume)
         whole = sliding_window_inference(grid.data.unsqueeze(0), patch, 1, windows, overlap=0.25, mode="gaussian")[0]
         result = preprocess.inverse(Volume(whole, grid.affine), volume).data.argmax(dim=0, keepdim=True).int()
-    digest = hashlib.sha256(result.numpy().tobytes()).hexdigest()[:12]
-    answer.send((peak_gib(), peak_gib() - before, time.perf_counter() - started, digest))
+    answer.send((peak_gib(), peak_gib() - before, time.perf_counter() - started))
+    answer.send(result.to(torch.int16).numpy())
 
 
 def main() -> None:
@@ -73,15 +72,18 @@ def main() -> None:
     parser.add_argument("--only", choices=("medmeta", "MONAI"))
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    print(f"{'way':<10}{'peak GiB':>10}{'on top':>10}{'seconds':>10}  labels")
+    print(f"{'way':<10}{'peak GiB':>10}{'on top':>10}{'seconds':>10}  other labels")
+    labels = []
     for way in (options.only,) if options.only else ("MONAI", "medmeta"):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=run, args=(way, options, sender))
         process.start()
         sender.close()
         try:
-            peak, top, seconds, digest = receiver.recv()
-            print(f"{way:<10}{peak:>10.2f}{top:>10.2f}{seconds:>10.1f}  {digest}")
+            peak, top, seconds = receiver.recv()
+            labels.append(receiver.recv())
+            others = f"{int((labels[0] != labels[-1]).sum())} of {labels[0].size}"
+            print(f"{way:<10}{peak:>10.2f}{top:>10.2f}{seconds:>10.1f}  {others}")
         except EOFError:
             print(f"{way:<10}{'killed: too little memory on this machine':>40}")
         process.join()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 import yaml
 from small import TERMS, broken_scans, like, nifti, phantom, tiny_model, tree, write_pairs
 
@@ -25,7 +26,9 @@ from medmeta.data.phantoms import write_phantoms
 from medmeta.data.volume import Volume, grid_difference, read_header, read_labels, write_volume
 from medmeta.segmenter import Segmenter, load
 
-VERBS = ("demo", "phantoms", "check", "train", "adapt", "predict", "evaluate", "benchmark", "info")
+VERBS = (
+    "demo", "phantoms", "check", "download", "train", "adapt", "predict", "evaluate", "benchmark", "import", "info",
+)  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -170,6 +173,39 @@ def test_adapt_chooses_and_forecasts_from_three_scans(medmeta_command, model, tm
         *adapt_words(model, tmp_path / "three", tmp_path / "two", "--method", "head", "--steps", 1)
     )
     assert "Adapted by head. From 3 labelled scans on" in with_two.out
+
+
+def test_check_writes_repaired_copies(medmeta_command, support, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(support, folder)
+    labels = read_labels(folder / "labels" / "case0.nii.gz")
+    affine = labels.affine.clone()
+    affine[0, 0] *= 1 + 1e-3
+    nifti(folder / "images" / "case0.nii.gz", phantom(2, 0)[0].data[0].numpy(), affine.numpy())
+    before = tree(folder)
+    run = medmeta_command("check", folder / "images", "--fix", tmp_path / "fixed", "--json", tmp_path / "found.json")
+    assert run.code in (0, 1)
+    assert tree(folder) == before
+    assert medmeta_command("check", folder / "images", "--fix", folder / "images").code == 2
+
+
+def test_import_brings_in_tensors_and_runs_nothing(medmeta_command, tmp_path):
+    net = tiny_model().learner.net
+    torch.save(net.state_dict(), tmp_path / "body.pt")
+    words = ("--option", "channels=[8, 16]", "--option", "se_ratio=4", "--terms", TERMS)
+    run = medmeta_command("import", tmp_path / "body.pt", "--out", tmp_path / "model", *words)
+    assert (run.code, run.err) == (0, "")
+    made = load(tmp_path / "model").learner.net.state_dict()
+    assert all(torch.equal(made[name], tensor) for name, tensor in net.state_dict().items())
+    (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+    require_one_line(medmeta_command("import", tmp_path / "bad.pt", "--out", tmp_path / "other"), "bad.pt")
+    assert not (tmp_path / "other").exists()
+
+
+def test_download_explains_sets_that_must_be_asked_for(medmeta_command, tmp_path):
+    run = medmeta_command("download", "CHAOS_MR", "--to", tmp_path / "data")
+    assert run.code == 2
+    assert "CHAOS" in run.err
 
 
 def test_pages_to_look_at(medmeta_command, adapted, support, tmp_path):
