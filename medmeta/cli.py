@@ -373,7 +373,7 @@ def evaluate(
 @app.command()
 def benchmark(
     config: Annotated[
-        Path, typer.Argument(help="YAML config; configs/hold_out_*.yaml and configs/learners_*.yaml are examples.")
+        Path, typer.Argument(help="YAML config; configs/learners_*.yaml and configs/adapt_*.yaml are examples.")
     ],
     out: Out,
     set_: Changes = None,
@@ -382,7 +382,7 @@ def benchmark(
 ) -> None:
     """Compare ways to learn on an organ that none of them saw: same scans, same adaptation budget.
 
-    Example: medmeta benchmark configs/hold_out_hippocampus.yaml --out runs/hippocampus
+    Example: medmeta benchmark configs/learners_hippocampus.yaml --out runs/hippocampus
     """
     from medmeta.benchmark import draw_supports, markdown_table, run_arms
     from medmeta.config import BenchmarkConfig, load_config
