@@ -298,7 +298,7 @@ def cost_table(costs: Mapping[str, Mapping[str, float]], rows: Sequence[Mapping[
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own = [row for row in rows if row["arm"] == arm]
         cost = costs.get(arm)
-        step = "| | |"
+        step = "| | | |"
         if cost:
             step = f"| {cost['meta_seconds']:.0f} | {cost['time_ratio']:.1f} | {cost['peak_bytes'] / 2**20:.0f} |"
         ways = dict.fromkeys((row["method"], row["steps"]) for row in own)

@@ -67,6 +67,7 @@ def demo(out: Out = Path("medmeta-demo"), seed: Seed = 0) -> None:
         result = run_demo(out, seed=seed, progress=reporter, trials=reporter.trial, log=reporter.row(steps))
     console.print(dice_table(result))
     _line(f"{result['seconds']['all']:.0f} s. Pictures, models and result.json are in {out}")
+    _line(f"To look at every scan: {out / 'report' / 'index.html'}")
 
 
 @app.command()

@@ -21,6 +21,7 @@ from medmeta.files import write_json
 from medmeta.prediction import predict
 from medmeta.recipe import EpisodeSettings, Phase, Progress, Recipe, train_recipe, untrained
 from medmeta.report import CT_WINDOW, Panel, curves_over_adaptation, learning_curves, montage
+from medmeta.review import evaluated_cases, write_review
 from medmeta.segmenter import refuse_existing
 from medmeta.train import Row, Schedule
 
@@ -85,8 +86,8 @@ def run_demo(
     """Write phantoms, train, adapt, segment and score in `out`.
 
     Args:
-        out: a new or empty folder; gets `phantoms/`, `model/`, `adapted/`, `segmented/`, `result.json` and the pictures
-            `learning.png`, `adaptation.png` and `montage.png`.
+        out: a new or empty folder; gets `phantoms/`, `model/`, `adapted/`, `segmented/`, `result.json`, the pictures
+            `learning.png`, `adaptation.png` and `montage.png`, and `report/index.html`, a page to look at every scan.
         seed: of the phantoms and the training.
         plan: how large.
         progress: called with (what, done, total).
@@ -165,6 +166,20 @@ def _segment(model, task, trial: Trial, out: Path, seed: int) -> None:
         for case in test.cases[:4]
     ]
     montage(panels, out / "montage.png", task.targets)
+    reached = evaluation.summary(seed)["overall"]["dice"]["mean"]
+    summary = {"Dice of the test scans": f"{reached:.2f}"}
+    if "forecast" in segmenter.card:
+        summary["Dice forecast from the labelled scans"] = f"{segmenter.card['forecast']['dice']:.2f}"
+    pictures = {"Dice over adaptation": out / "adaptation.png", "Learning": out / "learning.png"}
+    write_review(
+        out,
+        evaluated_cases(evaluation, test.cases[0].images[0].parent),
+        targets=task.targets,
+        title=f"{task.name}: {len(test.cases)} scans from {trial.shots[0]} labelled ones",
+        summary=summary,
+        pictures=pictures,
+        settings={"adapted": segmenter.card},
+    )
 
 
 def _versions() -> dict[str, str]:

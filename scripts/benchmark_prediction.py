@@ -2,9 +2,9 @@
 
     python scripts/benchmark_prediction.py MODEL FOLDER --scans 4
 
-The plain pipeline is LoadImage, Orientation, Spacing, intensities, sliding_window_inference, softmax, Invert, argmax
-and SaveImage, as MONAI's tutorials write it. Ways take turns, scan set by scan set, so that other work on the machine
-slows all of them; the median round counts. Dice is between the label maps of the plain pipeline and of each way.
+The plain pipeline is LoadImage, Orientation, Spacing, intensities, sliding_window_inference of probabilities, Invert,
+argmax and SaveImage, as MONAI's tutorials write it. Ways take turns, so that other work on the machine slows all of
+them; the median round counts. Dice is between the label maps of the plain pipeline and of each way.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def plain(segmenter: Segmenter, scans: list[Path], out: Path, windows: int) -> N
         scaled = segmenter.preprocess.forward(grid).data
         return MetaTensor(scaled, meta=image.meta, applied_operations=image.applied_operations)
 
-    def logits(image: torch.Tensor) -> torch.Tensor:
-        return segmenter.model.learner.segment(image, segmenter.state)
+    def probabilities(image: torch.Tensor) -> torch.Tensor:
+        return segmenter.model.learner.segment(image, segmenter.state).softmax(dim=1)
 
     before = mt.Compose(
         [
@@ -49,7 +49,6 @@ def plain(segmenter: Segmenter, scans: list[Path], out: Path, windows: int) -> N
     )
     after = mt.Compose(
         [
-            mt.Activationsd("pred", softmax=True),
             mt.Invertd("pred", before, "image", nearest_interp=False, to_tensor=True),
             mt.AsDiscreted("pred", argmax=True),
             mt.SaveImaged("pred", output_dir=out, output_postfix="", separate_folder=False, print_log=False),
@@ -59,7 +58,7 @@ def plain(segmenter: Segmenter, scans: list[Path], out: Path, windows: int) -> N
         batch = list_data_collate([before({"image": scan})])
         with torch.no_grad():
             batch["pred"] = sliding_window_inference(
-                batch["image"], segmenter.patch, windows, logits, 0.25, mode="gaussian", padding_mode="replicate"
+                batch["image"], segmenter.patch, windows, probabilities, 0.25, mode="gaussian", padding_mode="replicate"
             )
         for item in decollate_batch(batch):
             after(item)

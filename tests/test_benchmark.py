@@ -74,7 +74,9 @@ def test_every_arm_meets_the_same_scans_and_nothing_is_done_twice(task, arms, tm
     assert [line.split(" | ")[0] for line in lines] == ["| a", "| b"]
     assert sum(line.count("**") for line in lines) >= 2 * 4
     costs = {"a": {"meta_seconds": 12.3, "time_ratio": 4.56, "peak_bytes": 3 * 2**20}}
-    assert "| a | 12 | 4.6 | 3 | own rule" in cost_table(costs, rows)
+    table = cost_table(costs, rows)
+    assert "| a | 12 | 4.6 | 3 | own rule" in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1, "an arm without training has empty cells"
 
 
 def test_other_weights_or_another_trial_are_other_results(task, arms, tmp_path):

@@ -8,7 +8,7 @@ from medmeta.demo import Plan, run_demo
 from medmeta.errors import InputError
 from medmeta.segmenter import Segmenter, load
 
-SMALL = Plan(organs=6, patients=5, support=2, test=2, steps=(1, 2), pretrain_steps=3, meta_steps=2, voxels=16**3)
+SMALL = Plan(organs=6, patients=5, support=3, test=2, steps=(1, 2), pretrain_steps=3, meta_steps=2, voxels=16**3)
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,8 @@ def test_the_demo_leaves_what_it_promises(made):
     assert {"seed", "versions", "seconds"} <= result.keys()
     for picture in ("learning.png", "adaptation.png", "montage.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    page = (out / "report" / "data.js").read_text()
+    assert "Dice forecast from the labelled scans" in page
     assert len(list((out / "segmented").glob("*.nii.gz"))) == SMALL.test
 
 
