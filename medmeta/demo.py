@@ -122,7 +122,7 @@ def run_demo(
         seconds[name] = arms[name].card["seconds"]
     arms["meta"].save(out / "model")
     learning_curves(histories["meta"], out / "learning.png")
-    trial = Trial((plan.support,), plan.steps, draws=1, test_patients=plan.test, rate=3e-3, seed=seed)
+    trial = Trial(shots=(plan.support,), steps=plan.steps, draws=1, test_patients=plan.test, rate=3e-3, seed=seed)
     results = compare(arms, new, trial, out / "trials", precision=torch.bfloat16, progress=trials)
     rows = summarise(results, list(new.targets), seed)
     result = {

@@ -295,7 +295,9 @@ def test_predict_lists_what_it_could_not_segment(medmeta_command, adapted, tmp_p
         assert line.startswith(f"failed: {path}: found ")
         assert "required: " in line
     assert f"1 segmented, 0 there already, {len(broken)} failed" in run.out
-    assert {path.name for path in out.iterdir()} == {"good.nii.gz", "predictions.json"}
+    assert {path.name for path in out.iterdir()} == {
+        "good.nii.gz", "predictions.json", "predictions.csv", "run.json", ".lock",
+    }  # fmt: skip
 
 
 def test_check_lists_what_is_wrong_with_each(medmeta_command, tmp_path):
@@ -629,7 +631,7 @@ def test_more_support_scans_than_patients_are_known_before_the_training(medmeta_
 def test_benchmark(medmeta_command, organs, tmp_path):
     run = medmeta_command("benchmark", comparison(organs, tmp_path), "--out", tmp_path / "run")
     assert run.code == 0, run
-    assert "| scans | steps | scratch | transfer |" in run.out
+    assert "| learner | 1 scan, 1 steps |" in run.out
     assert json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))["rows"]
 
 

@@ -26,8 +26,48 @@ def written(folder: Path, values: object) -> Path:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_is_valid(path):
-    kind = BenchmarkConfig if "arms" in yaml.safe_load(path.read_text()) else TrainConfig
+    kind = BenchmarkConfig if "held_out" in yaml.safe_load(path.read_text()) else TrainConfig
     assert load_config(kind, path).tasks
+
+
+def benchmark_config(folder: Path, **changes: object) -> BenchmarkConfig:
+    # No task is read where none is named.
+    values = MINIMAL | {"tasks": [], "held_out": {"path": "Task02"}} | changes
+    return load_config(BenchmarkConfig, written(folder, values))
+
+
+def test_every_learner_of_a_benchmark_goes_through_the_same_phases(tmp_path):
+    meta = {"episodes": {"shots": 2, "queries": 2, "ways": 2, "mirror": True}, "schedule": {"steps": 5}}
+    learners = {"scratch": None, "transfer": {}, "maml": {"inner_steps": 2}, "prototypical": None}
+    arms = {"plain": [], "more": MINIMAL["phases"]}
+    plans = benchmark_config(tmp_path, meta=meta, learners=learners, arms=arms).plans()
+    assert plans.keys() == {*learners, *arms}
+    assert plans["scratch"].phases == plans["plain"].phases == ()
+    for name in ("transfer", "maml", "prototypical"):
+        first, last = plans[name].phases
+        assert (first.name, first.learner, last.name, last.learner) == ("pretrain", "transfer", "meta", name)
+        assert last.schedule.steps == 5
+    assert plans["maml"].phases[1].options == {"inner_steps": 2}
+    assert plans["maml"].phases[1].episodes == plans["prototypical"].phases[1].episodes
+    # A head for each task needs all of its classes, under their own numbers.
+    joint = plans["transfer"].phases[1].episodes
+    assert (joint.shots, joint.queries, joint.ways, joint.mirror) == (2, 2, None, False)
+    assert plans["maml"].key(1) == plans["transfer"].key(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "learners and arms: found neither"),
+        ({"learners": {"maml": {}}}, "meta: found nothing"),
+        ({"learners": {"mmal": {}}}, r"learners.mmal: found no such learner; required: one of \['anil', "),
+        ({"learners": {"scratch": {"adapt_steps": 3}}}, "learners.scratch: found options"),
+        ({"learners": {"scratch": {}}, "arms": {"scratch": []}}, "found scratch in both"),
+    ],
+)
+def test_arms_that_make_no_sense_are_refused(tmp_path, changes, says):
+    with pytest.raises(InputError, match=says):
+        benchmark_config(tmp_path, **changes).plans()
 
 
 def test_data_is_relative_to_the_config(tmp_path):

@@ -1,0 +1,41 @@
+"""The models that come with the package."""
+
+from __future__ import annotations
+
+import pytest
+from small import phantom, write_pairs
+
+from medmeta.adaptation import Budget, adapt
+from medmeta.segmenter import SHIPPED, Model, load, shipped_models
+
+
+@pytest.mark.parametrize("name", shipped_models())
+def test_a_shipped_model_is_small_whole_and_says_what_it_comes_from(name):
+    folder = SHIPPED / name
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 16 * 2**20
+    model = load(name)
+    assert isinstance(model, Model)
+    assert all(task["terms"] for task in model.card["training_tasks"])
+    card = (folder / "CARD.md").read_text(encoding="utf-8")
+    assert "Not a medical device" in card
+    for task in model.card["training_tasks"]:
+        assert task["terms"].split()[0].removesuffix(",") in card
+
+
+@pytest.mark.parametrize("name", shipped_models())
+def test_a_shipped_model_learns_a_new_organ_where_an_untrained_one_does_not(name, tmp_path):
+    folder = write_pairs(tmp_path, cases=(0,))
+    scan, labels = phantom(2, 1)
+    dices = {}
+    for method in ("finetune", "scratch"):
+        segmenter = adapt(
+            load(name), folder / "images", folder / "labels", method=method, budget=Budget(steps=20, rate=2e-3)
+        )
+        made = segmenter.predict(scan).data
+        overlap = 2 * float(((made > 0) & (labels.data > 0)).sum())
+        dices[method] = overlap / float((made > 0).sum() + (labels.data > 0).sum())
+    assert dices["finetune"] > dices["scratch"] + 0.1
+
+
+def test_there_is_one():
+    assert "organs3d" in shipped_models()
