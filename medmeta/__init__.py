@@ -1,6 +1,6 @@
 """medmeta: segment a new organ from 1 to 10 labelled CT or MR scans.
 
-    model = medmeta.load("models/organs")
+    model = medmeta.load("organs3d")
     segmenter = medmeta.adapt(model, "images", "labels", targets={"kidney": (1,)})
     labels = segmenter.predict(medmeta.read_volume("scan.nii.gz"))
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from medmeta.episode import Episode, Examples, State
     from medmeta.errors import InputError, MedmetaError
     from medmeta.evaluate import evaluate_folders
-    from medmeta.prediction import predict
-    from medmeta.segmenter import Model, Segmenter, load
+    from medmeta.prediction import predict, predict_each
+    from medmeta.segmenter import Model, Segmentation, Segmenter, load, shipped_models
 
 __version__ = version("medmeta")
 
@@ -32,8 +32,8 @@ _HOMES = {
     "medmeta.episode": ("Episode", "Examples", "State"),
     "medmeta.errors": ("InputError", "MedmetaError"),
     "medmeta.evaluate": ("evaluate_folders",),
-    "medmeta.prediction": ("predict",),
-    "medmeta.segmenter": ("Model", "Segmenter", "load"),
+    "medmeta.prediction": ("predict", "predict_each"),
+    "medmeta.segmenter": ("Model", "Segmentation", "Segmenter", "load", "shipped_models"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -45,6 +45,7 @@ __all__ = [
     "InputError",
     "MedmetaError",
     "Model",
+    "Segmentation",
     "Segmenter",
     "State",
     "Task",
@@ -56,7 +57,9 @@ __all__ = [
     "load_task",
     "pair_folders",
     "predict",
+    "predict_each",
     "read_volume",
+    "shipped_models",
     "write_volume",
 ]
 

@@ -23,18 +23,14 @@ def test_a_shipped_model_is_small_whole_and_says_what_it_comes_from(name):
 
 
 @pytest.mark.parametrize("name", shipped_models())
-def test_a_shipped_model_learns_a_new_organ_where_an_untrained_one_does_not(name, tmp_path):
+def test_a_shipped_model_adapts_to_a_new_organ_in_seconds(name, tmp_path):
     folder = write_pairs(tmp_path, cases=(0,))
     scan, labels = phantom(2, 1)
-    dices = {}
-    for method in ("finetune", "scratch"):
-        segmenter = adapt(
-            load(name), folder / "images", folder / "labels", method=method, budget=Budget(steps=20, rate=2e-3)
-        )
-        made = segmenter.predict(scan).data
-        overlap = 2 * float(((made > 0) & (labels.data > 0)).sum())
-        dices[method] = overlap / float((made > 0).sum() + (labels.data > 0).sum())
-    assert dices["finetune"] > dices["scratch"] + 0.1
+    segmenter = adapt(load(name), folder / "images", folder / "labels", budget=Budget(steps=20))
+    made = segmenter.predict(scan)
+    overlap = 2 * float(((made.data > 0) & (labels.data > 0)).sum())
+    assert overlap / float((made.data > 0).sum() + (labels.data > 0).sum()) > 0.6
+    assert made.quality > 0.3
 
 
 def test_there_is_one():
