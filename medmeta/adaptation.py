@@ -19,7 +19,7 @@ from medmeta.data.tasks import Task, pair_folders
 from medmeta.data.volume import read_channels, read_labels
 from medmeta.episode import Examples, State
 from medmeta.errors import InputError
-from medmeta.evaluate import score_case
+from medmeta.evaluate import mean_score, score_case
 from medmeta.forecast import forecast
 from medmeta.learners import MetaLearner
 from medmeta.losses import dice_cross_entropy
@@ -58,7 +58,7 @@ class Budget:
     Args:
         steps: optimiser steps at most.
         minutes: wall-clock minutes at most, None for no limit. Only a budget of steps gives the same result again.
-        rate: AdamW's step size, before a cosine to nothing.
+        rate: Adam's peak step size, before a cosine to nothing.
         patches: patches of one step.
     """
 
@@ -133,7 +133,11 @@ def adapt_to(
             segmenter = make_segmenter(model, others, part, state, {})
             for case in task.labelled.of_patients(left_out).cases:
                 scores[candidate].append(score_case(segmenter, task, case, 2.0, device=device, precision=precision))
-    means = {name: _mean_dice(rows, task) for name, rows in scores.items()}
+    dices = {
+        name: [mean_score(row[target]["dice"] for target in task.targets) for row in rows]
+        for name, rows in scores.items()
+    }
+    means = {name: mean_score(values) for name, values in dices.items()}
     chosen = max(means, key=lambda name: means[name]) if means else "finetune" if method == "auto" else method
     state = adapt_prepared(model.learner, support, chosen, each, seed, device, precision, tell)
     card: dict[str, Any] = {"method": chosen, "seed": seed, **({} if chosen == "inner" else asdict(each))}
@@ -141,12 +145,11 @@ def adapt_to(
     if scores:
         card["left_out"] = {"mean_dice": means, "cases": scores[chosen]}
         trained_on = round(len(task.labelled.cases) * (1 - 1 / len(folds)))
-        dices = [_case_dice(row, task) for row in scores[chosen]]
-        card["forecast"] = forecast(dices, trained_on, len(task.labelled.cases), seed).to_dict()
+        card["forecast"] = forecast(dices[chosen], trained_on, len(task.labelled.cases), seed).to_dict()
     return make_segmenter(model, task, support, state, card)
 
 
-def _folds(patients: Mapping[str, Any] | Sequence[str], seed: int) -> list[list[str]]:
+def _folds(patients: Sequence[str], seed: int) -> list[list[str]]:
     """Patients left out together, each once; none where there are fewer than 3."""
     names = sorted(patients)
     if len(names) < 3:
@@ -154,14 +157,6 @@ def _folds(patients: Mapping[str, Any] | Sequence[str], seed: int) -> list[list[
     order = [str(name) for name in np.random.default_rng([seed, 2]).permutation(names)]
     count = min(FOLDS, len(order))
     return [order[number::count] for number in range(count)]
-
-
-def _case_dice(row: Mapping[str, Any], task: Task) -> float:
-    return float(np.nanmean([np.nan if row[name]["dice"] is None else row[name]["dice"] for name in task.targets]))
-
-
-def _mean_dice(rows: Sequence[Mapping[str, Any]], task: Task) -> float:
-    return float(np.nanmean([_case_dice(row, task) for row in rows]))
 
 
 def _require_targets(task: Task, support: StoredTask) -> None:
@@ -283,7 +278,7 @@ def adapt_prepared(
     average = {name: tensor.detach().clone() for name, tensor in moved.items()}
     augment = Augment(support.patch, support.preprocess.spacing, support.preprocess.modality)
     peak = budget.rate * RATES.get(method, 1.0)
-    optimiser = torch.optim.AdamW(moved.values(), lr=peak, weight_decay=0.0)
+    optimiser = torch.optim.Adam(moved.values(), lr=peak)
     started = time.monotonic()
     for step in range(budget.steps):
         spent = 0.0 if budget.minutes is None else (time.monotonic() - started) / (60.0 * budget.minutes)

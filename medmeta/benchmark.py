@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from medmeta.adaptation import METHODS, Budget, adapt_prepared, make_segmenter, 
 from medmeta.data.store import StoredTask
 from medmeta.data.tasks import Task
 from medmeta.errors import InputError
-from medmeta.evaluate import holm, paired_wilcoxon, score_case
+from medmeta.evaluate import holm, mean_score, paired_wilcoxon, score_case
 from medmeta.files import read_json, replacing, write_json
 from medmeta.losses import dice_cross_entropy
 from medmeta.measure import median_seconds, peak_memory
-from medmeta.recipe import Progress, Recipe, phase_episodes, train_recipe, untrained
+from medmeta.recipe import Prepared, Progress, Recipe, phase_episodes, prepare_tasks, train_recipe, untrained
 from medmeta.report import arm_panels, learning_curves
 from medmeta.segmenter import Model
 from medmeta.train import Row, autocast
@@ -200,7 +200,9 @@ def summarise(results: Sequence[Result], targets: Sequence[str], seed: int = 0) 
         cases = [case for member in members for case in member["cases"]]
         # (draws, cases); every draw is scored on the same cases.
         dice, surface = (
-            np.array([[_mean(case[name][key] for name in targets) for case in member["cases"]] for member in members])
+            np.array(
+                [[mean_score(case[name][key] for name in targets) for case in member["cases"]] for member in members]
+            )
             for key in ("dice", "surface_dice")
         )
         scores[key] = dice
@@ -214,7 +216,7 @@ def summarise(results: Sequence[Result], targets: Sequence[str], seed: int = 0) 
                 "interval": nested_interval(dice, seed),
                 "surface_dice": float(np.nanmean(surface)),
                 "surface_interval": nested_interval(surface, seed),
-                "by_target": {name: _mean(case[name]["dice"] for case in cases) for name in targets},
+                "by_target": {name: mean_score(case[name]["dice"] for case in cases) for name in targets},
                 "missed": sum(case[name]["missed"] for case in cases for name in targets),
                 "scored": len(cases) * len(targets),
                 "adapt_seconds": statistics.fmean(member["adapt_seconds"] for member in members),
@@ -246,12 +248,6 @@ def nested_interval(values: np.ndarray, seed: int = 0, samples: int = 2000) -> t
     columns = rng.integers(cases, size=(samples, 1, cases))
     low, high = np.nanpercentile(np.nanmean(values[rows, columns], axis=(1, 2)), [2.5, 97.5])
     return float(low), float(high)
-
-
-def _mean(values: Iterable[float | None]) -> float:
-    # A target that neither mask holds has no score; JSON writes it as null.
-    present = [value for value in values if value is not None and value == value]
-    return statistics.fmean(present) if present else float("nan")
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], key: str = "dice") -> str:
@@ -340,14 +336,20 @@ def run_arms(
     """
     arms: dict[str, Model] = {}
     costs: dict[str, dict[str, float]] = {}
+    prepared: dict[str, Prepared] = {}
     for name, recipe in plans.items():
         if not recipe.phases:
             arms[name] = untrained(recipe)
             continue
-        arms[name], history = train_recipe(recipe, out, device=device, progress=progress, log=log)
+        # Arms differ in their phases; the scans they train on are read once.
+        key = recipe.key(0)
+        if key not in prepared:
+            prepared[key] = prepare_tasks(recipe, out, progress)
+        scans = prepared[key]
+        arms[name], history = train_recipe(recipe, out, prepared=scans, device=device, log=log)
         learning_curves(history, out / f"learning-{name}.png")
         arms[name].save(out / "models" / name, overwrite=True)
-        costs[name] = _cost(name, recipe, arms[name], out, device)
+        costs[name] = _cost(name, recipe, arms[name], scans, out, device)
     bfloat16 = any(recipe.precision == "bfloat16" for recipe in plans.values())
     precision = torch.bfloat16 if bfloat16 else torch.float32
     results = compare(arms, task, trial, out / "trials", device=device, precision=precision, progress=trials)
@@ -363,13 +365,15 @@ def run_arms(
     return rows
 
 
-def _cost(name: str, recipe: Recipe, model: Model, out: Path, device: torch.device | str) -> dict[str, float]:
+def _cost(
+    name: str, recipe: Recipe, model: Model, scans: Prepared, out: Path, device: torch.device | str
+) -> dict[str, float]:
     """Seconds of the last phase; time and memory of one of its meta-steps; measured once, kept in `costs/`."""
     file = out / "costs" / f"{name}-{recipe.key(len(recipe.phases))}.json"
     if not file.exists():
         precision = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
         learner = model.learner.to(device).train()
-        episode = phase_episodes(recipe, len(recipe.phases) - 1, out)[0].to(device)
+        episode = phase_episodes(recipe, len(recipe.phases) - 1, scans.training)[0].to(device)
 
         def meta_step() -> None:
             learner.zero_grad(set_to_none=True)

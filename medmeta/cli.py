@@ -6,6 +6,7 @@ Exit codes: 0 all well; 1 done, with problems listed; 2 the call is unusable, no
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -272,8 +273,7 @@ def predict(
     from medmeta.prediction import predict_each
     from medmeta.review import predicted_cases, write_review
 
-    total, counts = 0, {"done": 0, "kept": 0, "failed": 0}
-    results, failed = [], []
+    total, results, counts = 0, [], Counter()
     segmenter = _segmenter(model)
 
     def progress(_done: int, of: int) -> None:
@@ -299,9 +299,8 @@ def predict(
         ):
             counts[result.status] += 1
             results.append(result)
-            failed += [result] if result.status == "failed" else []
-            note = f"{counts['failed']} failed" if failed else ""
-            reporter("segmenting", sum(counts.values()), total, note)
+            note = f"{counts['failed']} failed" if counts["failed"] else ""
+            reporter("segmenting", len(results), total, note)
         if report:
             page = write_review(
                 out,
@@ -311,13 +310,13 @@ def predict(
                 settings={"adapted from": segmenter.card},
                 progress=lambda done, of: reporter("writing the page", done, of),
             )
-    for result in failed:
-        _line(f"failed: {result.scan}: {result.reason}")
+    for result in results:
+        if result.status == "failed":
+            _line(f"failed: {result.scan}: {result.reason}")
     if report:
         _line(f"To look at them: {page}")
-    done, kept = counts["done"], counts["kept"]
-    _line(f"{done} segmented, {kept} there already, {len(failed)} failed; all in {out}")
-    raise typer.Exit(1 if failed else 0)
+    _line(f"{counts['done']} segmented, {counts['kept']} there already, {counts['failed']} failed; all in {out}")
+    raise typer.Exit(1 if counts["failed"] else 0)
 
 
 @app.command()

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -341,6 +342,12 @@ def score_prediction(
         scores = score_masks(masks[0], masks[1], scan.spacing, tolerance_mm)
         row[name] = {key: getattr(scores, key) for key in ("dice", "surface_dice", "hd95_mm", "missed", "invented")}
     return row
+
+
+def mean_score(values: Iterable[float | None]) -> float:
+    """The mean of the figures that exist, NaN where none does; what neither mask holds has none, null in JSON."""
+    present = [value for value in values if value is not None and not math.isnan(value)]
+    return statistics.fmean(present) if present else math.nan
 
 
 def bootstrap_interval(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["NETWORKS", "SegNet", "assert_adaptable", "build_network", "scse_unet_2d", "se_unet_3d"]
+__all__ = ["NETWORKS", "SegNet", "assert_adaptable", "build_network", "scse_unet_2d", "se_unet_3d", "seeded"]
 
 
 class SegNet(nn.Module):
@@ -366,6 +367,14 @@ def _drop_idle(body: nn.Module, size: int) -> bool:
     return used.issuperset(body.parameters())
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Modules that are made within have the same weights each time; torch's global generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 NETWORKS: dict[str, Callable[..., SegNet]] = {"se_unet_3d": se_unet_3d, "scse_unet_2d": scse_unet_2d}
 
 
@@ -390,8 +399,7 @@ def build_network(name: str, *, seed: int | None = None, **options: Any) -> SegN
     if seed is None:
         net = NETWORKS[name](**options)
     else:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             net = NETWORKS[name](**options)
     plain = {option: list(value) if isinstance(value, tuple) else value for option, value in options.items()}
     net.spec = {"name": name, "options": plain}

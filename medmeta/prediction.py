@@ -20,7 +20,7 @@ from medmeta.data.volume import Volume, read_header, read_labels, write_volume
 from medmeta.errors import InputError
 from medmeta.files import replacing, write_json
 from medmeta.inference import Predictor, fastest_precision, openvino_predictor
-from medmeta.segmenter import Segmenter, load
+from medmeta.segmenter import Segmentation, Segmenter, load
 from medmeta.worklist import Manifest, Scan, described, fingerprint, list_scans, locked, refuse_own_inputs
 
 AHEAD_BYTES = 256 * 2**20
@@ -169,7 +169,7 @@ class Made:
     """A label map, on its way to its file."""
 
     read: Read
-    labels: Volume
+    labels: Segmentation
     probabilities: Volume | None
     notes: tuple[str, ...]
 
@@ -270,7 +270,7 @@ class Work:
             seconds=round(sum(stages.values()), 2),
             name=job.name,
             stages={name: round(stages.get(name, 0.0), 3) for name in STAGES},
-            quality=getattr(made.labels, "quality", None),
+            quality=made.labels.quality,
             notes=made.notes,
             files=made.read.files,
         )

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -135,6 +135,7 @@ def train_recipe(
     recipe: Recipe,
     folder: Path,
     *,
+    prepared: Prepared | None = None,
     device: torch.device | str = "cpu",
     tensorboard: bool = False,
     progress: Progress | None = None,
@@ -145,6 +146,7 @@ def train_recipe(
     Args:
         recipe: what to do.
         folder: gets `store/` (prepared scans) and `phases/` (checkpoints); recipes that begin alike share both.
+        prepared: what `prepare_tasks` made of a recipe that differs in its phases only; made here when None.
         device: where to train.
         tensorboard: write the curves to `tensorboard/` too.
         progress: told how the preparation of scans goes.
@@ -172,22 +174,21 @@ def train_recipe(
     for phase in recipe.phases:
         # A wrong option is known now, not after the scans are prepared.
         build_learner(phase.learner, net, **phase.options)
-    training, held_out = _prepared(recipe, folder / "store", progress)
+    training, held_out = prepared or prepare_tasks(recipe, folder, progress)
     precision = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
     learner: MetaLearner | None = None
     history: list[Row] = []
     for number, phase in enumerate(recipe.phases):
         learner = _next_learner(phase, net, learner, training)
-        settings = asdict(phase.episodes)
-        sampler = EpisodeSampler(training, **settings, seed=recipe.seed + number)
-        episodes = _Slices.of(net, sampler)
-        checks = EpisodeSampler(held_out, **(settings | {"augment": False, "mirror": False}), seed=recipe.seed + 7919)
+        sampler = _sampler(recipe, number, training)
+        settings = asdict(phase.episodes) | {"augment": False, "mirror": False}
+        checks = EpisodeSampler(held_out, **settings, seed=recipe.seed + 7919)
         validation = [_Slices.of(net, checks)[index] for index in range(recipe.validation_episodes)]
         place = folder / "phases" / f"{number + 1}-{phase.name}-{recipe.key(number + 1)}"
         _list_episodes(sampler, phase.schedule, place / "episodes.json")
         rows = meta_train(
             learner,
-            episodes,
+            _Slices.of(net, sampler),
             phase.schedule,
             validation=validation,
             phase=phase.name,
@@ -204,12 +205,14 @@ def train_recipe(
     return Model(learner, recipe.voxels, _card(recipe, history)), history
 
 
-def phase_episodes(recipe: Recipe, number: int, folder: Path) -> Episodes:
-    """The training episodes of phase `number` (from 0), as `train_recipe` draws them in `folder`."""
+def phase_episodes(recipe: Recipe, number: int, training: Sequence[StoredTask]) -> Episodes:
+    """The training episodes of phase `number` (from 0), as `train_recipe` draws them from prepared scans."""
     net = build_network(recipe.network["name"], **recipe.network.get("options", {}), seed=recipe.seed)
-    training, _ = _prepared(recipe, folder / "store", None)
-    settings = asdict(recipe.phases[number].episodes)
-    return _Slices.of(net, EpisodeSampler(training, **settings, seed=recipe.seed + number))
+    return _Slices.of(net, _sampler(recipe, number, training))
+
+
+def _sampler(recipe: Recipe, number: int, training: Sequence[StoredTask]) -> EpisodeSampler:
+    return EpisodeSampler(training, **asdict(recipe.phases[number].episodes), seed=recipe.seed + number)
 
 
 def _list_episodes(sampler: EpisodeSampler, schedule: Schedule, path: Path) -> None:
@@ -240,8 +243,16 @@ class _Slices:
         return replace(episode, support=episode.support.slices(), query=episode.query.slices())
 
 
-def _prepared(recipe: Recipe, store: Path, progress: Progress | None) -> tuple[list[StoredTask], list[StoredTask]]:
-    shelves = Store(store)
+class Prepared(NamedTuple):
+    """The tasks of a recipe on their working grids."""
+
+    training: list[StoredTask]
+    held_out: list[StoredTask]
+
+
+def prepare_tasks(recipe: Recipe, folder: Path, progress: Progress | None = None) -> Prepared:
+    """Split the patients of every task and prepare their scans in `folder`/store. Errors as of `train_recipe`."""
+    shelves = Store(folder / "store")
     training, held_out = [], []
     for task in recipe.tasks:
         patients = len(task.labelled.patients)
@@ -258,7 +269,7 @@ def _prepared(recipe: Recipe, store: Path, progress: Progress | None) -> tuple[l
             target.append(shelves.task(part, preprocess, voxels=recipe.voxels, progress=told))
         # One patch for a task, whichever patients it is drawn from.
         held_out[-1] = replace(held_out[-1], patch=training[-1].patch)
-    return training, held_out
+    return Prepared(training, held_out)
 
 
 def _split(task: Task, held_out: int, seed: int) -> tuple[Task, Task]:

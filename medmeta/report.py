@@ -23,7 +23,7 @@ CT_WINDOW = (-160.0, 240.0)
 """HU; the usual soft-tissue window of abdominal CT."""
 
 # Okabe and Ito (2008): told apart by people with any of the common colour vision deficiencies.
-_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 _DASHES = ("solid", (0, (3, 1.5)))
 _PHASE_COLOURS = {"pretrain": "#0072B2", "meta": "#D55E00"}
 _ARM_STYLES = {"scratch": ("#777777", "s"), "transfer": ("#0072B2", "o"), "meta": ("#D55E00", "D")}
@@ -71,7 +71,7 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: str | Path) -> N
         raise ValueError("no rows in the history; required: at least one training step")
     figure = _figure(9, 5.6)
     losses, validation = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 2)})
-    spare = itertools.cycle(_COLOURS[:3])
+    spare = itertools.cycle(COLOURS[:3])
     end = 0
     for number, phase in enumerate(dict.fromkeys(str(row["phase"]) for row in history)):
         rows = [row for row in history if str(row["phase"]) == phase]
@@ -202,7 +202,7 @@ def _view(panel: Panel, structures: Sequence[Sequence[int]]) -> _View:
     index = _fullest_slice(labels, structures, across)
     # The first axis left, R or A, runs to the left of the picture.
     image, *outlines = (volume if volume is None else volume.take(index, across)[::-1].T for volume in (scan, *labels))
-    window = panel.window or _stretch(image)
+    window = panel.window or stretch(image)
     filled = np.any([image > window[0], *(labels > 0 for labels in outlines if labels is not None)], axis=0)
     rows, columns = _margins(filled.any(axis=1)), _margins(filled.any(axis=0))
     image, *outlines = (plane if plane is None else plane[rows, columns] for plane in (image, *outlines))
@@ -228,7 +228,8 @@ def _margins(filled: np.ndarray) -> slice:
     return slice(max(int(hits[0]) - margin, 0), int(hits[-1]) + margin + 1)
 
 
-def _stretch(image: np.ndarray) -> tuple[float, float]:
+def stretch(image: np.ndarray) -> tuple[float, float]:
+    """The values drawn black and white: the 1st and 99.5th percentile of an image, its darkest value left out."""
     finite = image[np.isfinite(image)]
     if not finite.size or finite.min() == finite.max():
         return 0.0, 1.0
@@ -264,7 +265,7 @@ def _draw_structures(
 
 
 def _structure_style(number: int) -> tuple[str, Any]:
-    return _COLOURS[number % len(_COLOURS)], _DASHES[number // len(_COLOURS) % len(_DASHES)]
+    return COLOURS[number % len(COLOURS)], _DASHES[number // len(COLOURS) % len(_DASHES)]
 
 
 def _structure_legend(figure: Figure, structures: Mapping[str, Sequence[int]]) -> None:
@@ -324,7 +325,7 @@ def curves_over_adaptation(results: Mapping[str, Any], path: str | Path) -> None
         raise ValueError("no Dice values; required: at least one length of adaptation")
     figure = _figure(6.4, 4.2)
     axes = figure.subplots()
-    spare = itertools.cycle(_COLOURS)
+    spare = itertools.cycle(COLOURS)
     for arm in _arms(dice):
         colour, marker = _ARM_STYLES.get(arm) or (next(spare), "^")
         steps = [step for step in _by_steps(dice) if _is_number(dice[step].get(arm))]
@@ -382,8 +383,8 @@ def arm_panels(
             x, dice, _, _ = zip(*series[baseline], strict=True)
             axes.plot(x, dice, line, color="#777777", linewidth=1.2, label=_ARM_NAMES.get(baseline, baseline))
         x, dice, low, high = zip(*series[arm], strict=True)
-        axes.fill_between(x, low, high, color=_COLOURS[0], alpha=0.2, linewidth=0)
-        axes.plot(x, dice, marker="o", markersize=3.5, color=_COLOURS[0], linewidth=1.8)
+        axes.fill_between(x, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
+        axes.plot(x, dice, marker="o", markersize=3.5, color=COLOURS[0], linewidth=1.8)
         axes.set_title(arm.replace("_", " "), fontsize=9)
         axes.set_xscale("log")
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)

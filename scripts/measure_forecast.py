@@ -20,7 +20,7 @@ from medmeta.adaptation import Budget, adapt_to
 from medmeta.benchmark import draw_supports
 from medmeta.config import BenchmarkConfig, load_config
 from medmeta.data.store import read_case
-from medmeta.evaluate import score_prediction
+from medmeta.evaluate import mean_score, score_prediction
 from medmeta.inference import fastest_precision
 from medmeta.segmenter import load
 
@@ -52,7 +52,7 @@ def main(given: Sequence[str] | None = None) -> None:
                 scan, reference = read_case(task, case)
                 made = segmenter.predict(scan, **options)
                 row = score_prediction(made, task, case, scan, reference, 2.0)
-                dices.append(np.nanmean([np.nan if row[n]["dice"] is None else row[n]["dice"] for n in task.targets]))
+                dices.append(mean_score(row[name]["dice"] for name in task.targets))
                 sure.append(made.quality)
             true += dices
             low, high = expected["mean_interval"]

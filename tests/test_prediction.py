@@ -23,7 +23,7 @@ from medmeta.adaptation import Budget, adapt
 from medmeta.data.volume import Volume, grid_difference, read_header, read_labels, read_volume, write_volume
 from medmeta.errors import InputError
 from medmeta.prediction import Prediction, predict
-from medmeta.segmenter import Segmenter
+from medmeta.segmenter import Segmentation, Segmenter
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_whatever_a_library_raises_is_one_line_about_one_scan(segmenter, tmp_pat
     def predict_one(self, scan, **_):
         if (error := next(errors)) is not None:
             raise error
-        return like(scan, torch.zeros_like(scan.data, dtype=torch.int32))
+        return Segmentation(torch.zeros_like(scan.data, dtype=torch.int32), scan.affine)
 
     monkeypatch.setattr(Segmenter, "predict", predict_one)
     results = predict(segmenter, tmp_path / "s" / "images", tmp_path / "out")

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from medmeta.episode import IGNORED, Examples, State
 from medmeta.learners.base import MetaLearner
-from medmeta.learners.pooling import lower_absent
-from medmeta.networks import SegNet
+from medmeta.learners.pooling import lower_absent, wide
+from medmeta.networks import SegNet, seeded
 
 
 class InContext(MetaLearner):
@@ -46,9 +46,7 @@ class InContext(MetaLearner):
         if min(width, levels, examples) < 1:
             raise ValueError(f"width={width}, levels={levels}, examples={examples}; required: at least 1 of each")
         self.width, self.levels, self.examples = width, levels, examples
-        # The same initial weights in every process; torch's global generator stays as it was.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
+        with seeded(0):
             self.network = CrossNetwork(net.spatial_dims, net.features, width, levels)
 
     @property
@@ -56,7 +54,7 @@ class InContext(MetaLearner):
         return {"width": self.width, "levels": self.levels, "examples": self.examples}
 
     def adapt(self, support: Examples) -> State:
-        features = _wide(self.features(support.image))
+        features = wide(self.features(support.image))
         counted = (support.mask != IGNORED).unsqueeze(1).to(features.dtype)
         one_hot = functional.one_hot(support.mask.clamp(min=0), support.classes + 1).movedim(-1, 1) * counted
         voxels = one_hot.flatten(2).sum(2).T
@@ -73,7 +71,7 @@ class InContext(MetaLearner):
         }
 
     def recall(self, image: Tensor, state: State) -> Tensor:
-        features = _wide(self.features(image))
+        features = wide(self.features(image))
         query = _half(features)
         size = query.shape[2:]
         shown, masks = _resized(state["features"], size), _resized(state["masks"], size)
@@ -81,7 +79,7 @@ class InContext(MetaLearner):
         logits = [features.new_zeros(features.shape[0], *features.shape[2:])]
         for label, chosen in enumerate(state["chosen"], start=1):
             support = torch.cat([shown, masks[:, label : label + 1], counted], dim=1)[chosen]
-            logits.append(_wide(self.network(features, query, support)).squeeze(1))
+            logits.append(wide(self.network(features, query, support)).squeeze(1))
         logits = torch.stack(logits, dim=-1)
         return lower_absent(logits, state["present"]).movedim(-1, 1)
 
@@ -216,7 +214,3 @@ def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
     if image.shape[2:] == size:
         return image
     return functional.interpolate(image, size=tuple(size), mode="bilinear" if image.ndim == 4 else "trilinear")
-
-
-def _wide(features: Tensor) -> Tensor:
-    return features.to(torch.promote_types(features.dtype, torch.float32))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,9 +13,9 @@ from torch.nn import functional
 
 from medmeta.episode import IGNORED, Examples, State
 from medmeta.learners.base import MetaLearner
-from medmeta.learners.pooling import cell_means, lower_absent
+from medmeta.learners.pooling import cell_means, lower_absent, wide
 from medmeta.losses import dice_cross_entropy
-from medmeta.networks import SegNet
+from medmeta.networks import SegNet, seeded
 
 
 class _Reader(MetaLearner):
@@ -34,12 +33,12 @@ class _Reader(MetaLearner):
         features = self.features(support.image)
         # Autocast would multiply in bfloat16, whose 8 bits are too few for similarities and gradients.
         with torch.autocast(features.device.type, enabled=False):
-            return self.memorise(_wide(features), support)
+            return self.memorise(wide(features), support)
 
     def recall(self, image: Tensor, state: State) -> Tensor:
         features = self.features(image)
         with torch.autocast(features.device.type, enabled=False):
-            logits = self.answer(_wide(features).flatten(2).mT, state)
+            logits = self.answer(wide(features).flatten(2).mT, state)
         return logits.mT.unflatten(2, image.shape[2:])
 
 
@@ -78,7 +77,7 @@ class MemoryAugmented(_Reader):
                 "required: at least 1 cell, 1 slot and a key of width 1, 0 <= decay < 1"
             )
         self.cells, self.slots, self.key_width, self.decay = cells, slots, key_width, decay
-        with _seeded():
+        with seeded(0):
             self.key = nn.Linear(net.features, key_width, bias=False)
         self.sharpness = nn.Parameter(torch.tensor(15.0))
         self.gate = nn.Parameter(torch.tensor(-1.0))
@@ -191,7 +190,7 @@ class Recurrent(_Reader):
         if min(cells, width) < 1:
             raise ValueError(f"cells={cells}, width={width}; required: at least 1 cell and a state of width 1")
         self.cells, self.width = cells, width
-        with _seeded():
+        with seeded(0):
             self.recurrence = nn.GRU(2 * net.features + 1, width)
             self.output = nn.Linear(width, net.features + 1)
         self.initial = nn.Parameter(torch.zeros(2, width))
@@ -246,7 +245,7 @@ class MetaNetworks(_Reader):
         if width < 1 or rate <= 0:
             raise ValueError(f"width={width}, rate={rate}; required: at least 1 hidden unit, a positive rate")
         self.width, self.rate = width, rate
-        with _seeded():
+        with seeded(0):
             self.task_generator = _Generator(width, rate)
             self.example_generator = _Generator(width, rate)
         # The identity: slow weights start as the plain network with rectified features.
@@ -355,15 +354,3 @@ def _layer(features: Tensor, weights: Tensor) -> Tensor:
 def _present(support: Examples) -> Tensor:
     """1 for each of the 1+K classes that has a voxel, else 0."""
     return torch.stack([(support.mask == label).any() for label in range(support.classes + 1)])
-
-
-def _wide(features: Tensor) -> Tensor:
-    return features.to(torch.promote_types(features.dtype, torch.float32))
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """The same initial weights in every process; torch's global generator stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        yield

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from medmeta.learners.pooling import (
     score_by_class,
     score_by_voxel,
 )
-from medmeta.networks import SegNet
+from medmeta.networks import SegNet, seeded
 
 
 class Prototypical(MetaLearner):
@@ -181,7 +180,7 @@ class Relation(MetaLearner):
         super().__init__(net)
         _require_hidden(hidden)
         self.hidden = hidden
-        with _same_start():
+        with seeded(0):
             self.of_voxel = nn.Linear(net.features, hidden)
             self.of_class = nn.Linear(net.features, hidden, bias=False)
             # A bias here would be the same for all classes.
@@ -232,7 +231,7 @@ class Attentive(MetaLearner):
         _require_cells(cells)
         _require_hidden(hidden)
         self.cells, self.hidden = cells, hidden
-        with _same_start():
+        with seeded(0):
             self.attention = nn.Sequential(
                 nn.Linear(net.features, hidden, bias=False), nn.Tanh(), nn.Linear(hidden, 1, bias=False)
             )
@@ -297,7 +296,7 @@ class ImageDeformation(Prototypical):
         if gallery < 1:
             raise ValueError(f"gallery={gallery}; required: at least one texture")
         self.gallery, self.hidden = gallery, hidden
-        with _same_start():
+        with seeded(0):
             self.deform = nn.Sequential(nn.Linear(2 * net.features, hidden), nn.ReLU(), nn.Linear(hidden, 1))
             nn.init.constant_(self.deform[-1].bias, math.log(0.8 / 0.2))
 
@@ -342,14 +341,6 @@ def _cosine(points: Tensor, keys: Tensor) -> Tensor:
     """Cosine (Q, P) of points (Q, F) and keys (P, F)."""
     # A feature that rectifiers left at zero would have a gradient of 1e12 with the smaller default.
     return functional.normalize(points, eps=1e-3) @ functional.normalize(keys, eps=1e-3).T
-
-
-@contextmanager
-def _same_start() -> Iterator[None]:
-    """Modules made within have the same weights every time; torch's global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        yield
 
 
 def _require_scale(scale: float) -> None:

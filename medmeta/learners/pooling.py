@@ -27,7 +27,7 @@ def class_means(features: Tensor, support: Examples) -> tuple[Tensor, Tensor]:
         means (1+K, F), zero for a class without a voxel, and present (1+K,), 1 for a class with voxels and 0 without,
         in float32 or wider.
     """
-    features = _wide(features)
+    features = wide(features)
     members = _members(features, support)
     axes = [0, *range(2, features.ndim)]
     sums = torch.stack([(features * own).sum(axes) for own in members])
@@ -47,7 +47,7 @@ def cell_means(features: Tensor, support: Examples, cells: int) -> tuple[Tensor,
         means (1+K, M, F), zero where a class has no voxel in a cell, and coverage (1+K, M), the share of a cell that
         belongs to the class, for the M cells of all images, in float32 or wider.
     """
-    features = _wide(features)
+    features = wide(features)
     members = _members(features, support)
     coverage = torch.stack([average_cells(own, cells).flatten() for own in members])
     sums = torch.stack([average_cells(features * own, cells).movedim(1, -1).flatten(0, -2) for own in members])
@@ -110,7 +110,7 @@ def score_by_voxel(score: Callable[[Tensor], Tensor], features: Tensor, present:
 
     # Autocast would multiply in bfloat16, whose 8 bits are too few for a similarity times 20.
     with torch.autocast(features.device.type, enabled=False):
-        points = _wide(features).movedim(1, -1)
+        points = wide(features).movedim(1, -1)
         blocks = points.flatten(0, -2).split(max(1, _ENTRIES // max(1, entries)))
         found = torch.cat([lower_absent(score(block), present) for block in blocks])
     return found.unflatten(0, points.shape[:-1]).movedim(-1, 1)
@@ -130,7 +130,8 @@ def lower_absent(scores: Tensor, present: Tensor) -> Tensor:
     return torch.where(present > 0, known, known.detach().amin(dim=-1, keepdim=True) - ABSENT)
 
 
-def _wide(features: Tensor) -> Tensor:
+def wide(features: Tensor) -> Tensor:
+    """The same in float32 or wider."""
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 

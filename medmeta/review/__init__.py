@@ -36,6 +36,7 @@ from medmeta.data.stored import by
 from medmeta.data.volume import Volume, grid_difference, read_labels, read_volume
 from medmeta.errors import InputError
 from medmeta.files import replacing
+from medmeta.report import COLOURS, stretch
 
 if TYPE_CHECKING:
     from medmeta.evaluate import Evaluation
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 VOXEL_LIMIT = 2**24
 """Larger volumes are shown on every second, third, ... voxel: 512 x 512 x 64 voxels, about 30 MiB in base64."""
 
-# Okabe and Ito (2008): told apart by people with any of the common colour vision deficiencies.
-_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 _PAGE = ("review.css", "review.js", "index.html")
 _VERSIONS = ("medmeta", "torch", "monai", "ipyniivue")
 _ROLES = {"scan": read_volume, "reference": read_labels, "prediction": read_labels}
@@ -259,7 +258,7 @@ def _write_case(
         if role == "scan":
             image = _image(volume.data[0].numpy(), volume.affine.numpy(), voxel_limit)
             voxels = np.asanyarray(image.dataobj)
-            shown["window"] = case.window or _window(voxels)
+            shown["window"] = case.window or stretch(voxels)
             shown["reduced"] = _reduction(volume, image)
             image = nib.Nifti1Image(_in_16_bits(voxels), image.affine)
         else:
@@ -319,14 +318,6 @@ def _reduction(volume: Volume, image: nib.Nifti1Image) -> str:
     )
 
 
-def _window(voxels: np.ndarray) -> tuple[float, float]:
-    finite = voxels[np.isfinite(voxels)]
-    if not finite.size or finite.min() == finite.max():
-        return 0.0, 1.0
-    low, high = np.percentile(finite[finite > finite.min()], (1, 99.5))
-    return (float(low), float(high)) if high > low else (float(finite.min()), float(finite.max()))
-
-
 def _in_16_bits(voxels: np.ndarray) -> np.ndarray:
     """Integers that fit as int16; all else float, drawn in so far that 16-bit steps serve it, NaN as the least.
 
@@ -358,7 +349,7 @@ def _structures(targets: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "colour": _COLOURS[number % len(_COLOURS)],
+            "colour": COLOURS[number % len(COLOURS)],
             "codes": [known.index(value) + 1 for value in values],
         }
         for number, (name, values) in enumerate(targets.items())
