@@ -14,23 +14,26 @@ import torch
 
 from medmeta.data.preprocess import Preprocess
 from medmeta.data.sampler import Augment, draw_patch
-from medmeta.data.store import StoredCase, StoredTask, fit_preprocess, prepare
-from medmeta.data.tasks import Task, pair_folders
+from medmeta.data.store import StoredCase, StoredTask, find_places, fit_preprocess, prepare, prepare_unlabelled
+from medmeta.data.tasks import Case, Task, pair_folders
 from medmeta.data.volume import read_channels, read_labels
-from medmeta.episode import Examples, State
+from medmeta.episode import IGNORED, Examples, State
 from medmeta.errors import InputError
 from medmeta.evaluate import mean_score, score_case
 from medmeta.forecast import forecast
+from medmeta.inference import Predictor, collect, sliding_bands, torch_predictor
 from medmeta.learners import MetaLearner
 from medmeta.losses import dice_cross_entropy
 from medmeta.networks import build_network
-from medmeta.postprocess import one_piece
+from medmeta.postprocess import keep_largest, one_piece
 from medmeta.segmenter import Model, Segmenter, as_model
 from medmeta.train import autocast
 from medmeta.tuning import TUNINGS, tune_all
+from medmeta.worklist import list_scans
 
-METHODS = ("inner", *TUNINGS, "scratch")
-"""The learner's own rule, every way to fine-tune, and fine-tuning of a network that was never trained."""
+METHODS = ("inner", *TUNINGS, "self_training", "scratch")
+"""The learner's own rule; every way to fine-tune; "finetune" twice, the second time from unlabelled scans too; and
+fine-tuning of a network that was never trained."""
 
 CANDIDATES = ("finetune", "lora")
 """What "auto" chooses from."""
@@ -50,6 +53,12 @@ AVERAGE = 0.98
 PULL = 0.5
 """Strength with which full fine-tuning is drawn back to its start (L2-SP)."""
 
+UNLABELLED = 12
+"""Unlabelled scans that self-training learns from at most."""
+
+SURE = 0.8
+"""Probability from which a voxel of an unlabelled scan gets the label that the network gives it."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -62,7 +71,7 @@ class Budget:
         patches: patches of one step.
     """
 
-    steps: int = 200
+    steps: int = 1000
     minutes: float | None = None
     rate: float = 2e-3
     patches: int = 2
@@ -90,10 +99,12 @@ def adapt_to(
 
     Args:
         model: meta-learned, or adapted before (then its meta-learned part is the start).
-        task: 1 to 10 labelled scans; the unlabelled ones are not used.
+        task: 1 to 10 labelled scans, and for self-training unlabelled ones, of which `UNLABELLED` are drawn; those that
+            cannot be used are named in the card.
         method: one of `METHODS`, or "auto": the best of `CANDIDATES` by cross-validation over the labelled patients
             (each left out once, at most `FOLDS` models for each candidate), where there are 3 or more; "finetune" for 1
-            and 2. The card of the segmenter holds the scores and the forecast that follows from them.
+            and 2. Where that is "finetune" and there are unlabelled scans, "self_training" takes its place. The card of
+            the segmenter holds the scores and the forecast that follows from them, without unlabelled scans.
         budget: how long each fine-tuning takes; with "auto" the minutes are those of all of them together.
         seed: which patches and augmentations are drawn.
         device: where to adapt.
@@ -101,7 +112,8 @@ def adapt_to(
         progress: called with (step, steps, loss).
 
     Raises:
-        InputError: a scan or label map cannot be used, or no scan holds a target; the message names file or folder.
+        InputError: a scan or label map cannot be used, no scan holds a target, or self-training has no unlabelled scan;
+            the message names file or folder.
         ValueError: an unknown method.
         FloatingPointError: the loss is no longer finite.
     """
@@ -139,9 +151,19 @@ def adapt_to(
     }
     means = {name: mean_score(values) for name, values in dices.items()}
     chosen = max(means, key=lambda name: means[name]) if means else "finetune" if method == "auto" else method
+    notes: list[str] = []
+    if chosen == "self_training" or (method == "auto" and chosen == "finetune"):
+        support, notes = with_unlabelled(support, task, seed)
+        if support.unlabelled:
+            chosen = "self_training"
+        elif method != "auto":
+            found = f"no unlabelled scan that can be used ({'; '.join(notes) or 'none given'})"
+            raise InputError(f"task {task.name}", found, "one or more for self-training", "Use method finetune.")
     state = adapt_prepared(model.learner, support, chosen, each, seed, device, precision, tell)
     card: dict[str, Any] = {"method": chosen, "seed": seed, **({} if chosen == "inner" else asdict(each))}
     card["seconds"] = round(time.monotonic() - started, 1)
+    if support.unlabelled or notes:
+        card["unlabelled"] = {"scans": len(support.unlabelled), "unusable": notes}
     if scores:
         card["left_out"] = {"mean_dice": means, "cases": scores[chosen]}
         trained_on = round(len(task.labelled.cases) * (1 - 1 / len(folds)))
@@ -177,6 +199,7 @@ def adapt(
     targets: Mapping[str, Sequence[int]] | None = None,
     modality: Literal["CT", "MR"] | None = None,
     background: Sequence[int] = (),
+    unlabelled: Sequence[str | Path] = (),
     **options: Any,
 ) -> Segmenter:
     """Adapt a model to the scans of one folder and the label maps of another.
@@ -188,12 +211,15 @@ def adapt(
         targets: structure -> label values; every value of the label maps, named "label 1" and so on, when None.
         modality: "CT" or "MR"; found from the scans (`guess_modality`) when None.
         background: label values that count as background, beside 0: other organs of the label maps.
+        unlabelled: scans, folders and lists of scans to learn from too; those of `images` are passed over.
         options: as of `adapt_to`.
 
     Raises:
         InputError: a folder, a scan or a label map cannot be used; the message names the file.
     """
-    task = support_task(images, labels, targets=targets, modality=modality, background=background)
+    task = support_task(
+        images, labels, targets=targets, modality=modality, background=background, unlabelled=unlabelled
+    )
     return adapt_to(model, task, **options)
 
 
@@ -204,6 +230,7 @@ def support_task(
     targets: Mapping[str, Sequence[int]] | None = None,
     modality: Literal["CT", "MR"] | None = None,
     background: Sequence[int] = (),
+    unlabelled: Sequence[str | Path] = (),
 ) -> Task:
     """The task that two folders of scans and label maps make. Arguments and errors as of `adapt`."""
     named = targets or {"any": (max(background, default=0) + 1,)}
@@ -218,7 +245,14 @@ def support_task(
         task = pair_folders(images, labels, targets=found, modality=task.modality, background=background)
     if modality is None:
         task = replace(task, modality=guess_modality(task))
-    return task
+    known = {path.resolve() for case in task.cases for path in case.images}
+    others = list_scans(unlabelled, len(task.channels)) if unlabelled else {}
+    more = [
+        Case(f"unlabelled/{name}", f"unlabelled/{name}", scan.files)
+        for name, scan in others.items()
+        if not known & {path.resolve() for path in scan.files}
+    ]
+    return replace(task, cases=(*task.cases, *more))
 
 
 def guess_modality(task: Task) -> Literal["CT", "MR"]:
@@ -234,6 +268,22 @@ def prepare_support(task: Task, voxels: int, *, stride: int = 8, preprocess: Pre
     prepared = tuple(prepare(task, case, preprocess) for case in cases)
     patch = preprocess.patch(voxels, [case.mask.shape for case in prepared], stride)
     return StoredTask(task.name, task.classes, patch, prepared, preprocess)
+
+
+def with_unlabelled(support: StoredTask, task: Task, seed: int) -> tuple[StoredTask, list[str]]:
+    """The support with `UNLABELLED` scans at most of the task that have no label map, and why others cannot be used."""
+    cases = [case for case in task.cases if case.labels is None]
+    order = np.random.default_rng([seed, 3]).permutation(len(cases))
+    made: list[StoredCase] = []
+    notes = []
+    for number in order:
+        if len(made) == UNLABELLED:
+            break
+        try:
+            made.append(prepare_unlabelled(task, cases[number], support.preprocess))
+        except InputError as error:
+            notes.append(str(error))
+    return replace(support, unlabelled=tuple(made)), notes
 
 
 def make_segmenter(model: Model, task: Task, support: StoredTask, state: State, card: dict[str, object]) -> Segmenter:
@@ -262,6 +312,8 @@ def adapt_prepared(
         examples = _for_network(learner, support_patches(support, seed)).to(device)
         with torch.no_grad(), autocast(device, precision):
             return _to_cpu(learner.adapt(examples))
+    if method == "self_training":
+        return _self_train(learner, support, budget, seed, device, precision, progress)
     net, channels = learner.net, support.cases[0].image.shape[0]
     with torch.no_grad():
         if method == "scratch":
@@ -314,6 +366,52 @@ def adapt_prepared(
             progress(step + 1, budget.steps, value)
     with torch.no_grad():
         return _to_cpu(tuning.assemble(average))
+
+
+def _self_train(
+    learner: MetaLearner,
+    support: StoredTask,
+    budget: Budget,
+    seed: int,
+    device: torch.device | str,
+    precision: torch.dtype,
+    progress: Callable[[int, int, float], None] | None,
+) -> State:
+    """Fine-tune for a third of the budget, label the unlabelled scans where that is sure, fine-tune on all of them.
+
+    Pseudo-labels (Lee 2013) under strong augmentation, with a new student (Xie 2020, "Self-training with noisy
+    student"). Every other patch of the second part is of a labelled scan.
+    """
+    part = budget.steps // 3
+    share = part / max(1, budget.steps)
+    minutes = (None, None) if budget.minutes is None else (budget.minutes * share, budget.minutes * (1 - share))
+    first = replace(budget, steps=part, minutes=minutes[0] or None)
+    second = replace(budget, steps=budget.steps - part, minutes=minutes[1])
+
+    def after(done: int) -> Callable[[int, int, float], None] | None:
+        return progress and (lambda step, _steps, loss: progress(done + step, budget.steps, loss))
+
+    teacher = adapt_prepared(learner, support, "finetune", first, seed, device, precision, after(0))
+    whole = one_piece([case.mask for case in support.cases], support.classes)
+    predictor = torch_predictor(learner, teacher, device=device, precision=precision)
+    guessed = [_label_where_sure(case, support, predictor, whole, device) for case in support.unlabelled]
+    labelled = support.cases
+    turns = max(len(labelled), len(guessed))
+    cases = [pair[turn % len(pair)] for turn in range(turns) for pair in (labelled, guessed)]
+    return adapt_prepared(
+        learner, replace(support, cases=tuple(cases)), "finetune", second, seed, device, precision, after(part)
+    )
+
+
+def _label_where_sure(
+    case: StoredCase, support: StoredTask, predictor: Predictor, whole: Sequence[int], device: torch.device | str
+) -> StoredCase:
+    image = torch.from_numpy(np.array(case.image, dtype=np.float32)).to(device)
+    probabilities = collect(sliding_bands(image, support.patch, predictor), case.mask.shape)
+    sureness, labels = probabilities.max(dim=0)
+    kept = keep_largest(labels[None], whole)[0]
+    mask = kept.masked_fill((sureness < SURE) | (kept != labels), IGNORED).numpy().astype(np.int8)
+    return replace(case, mask=mask, places=find_places(mask, support.classes))
 
 
 def support_patches(support: StoredTask, seed: int = 0, most: int = 16) -> Examples:

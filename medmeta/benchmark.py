@@ -8,14 +8,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from medmeta.adaptation import METHODS, Budget, adapt_prepared, make_segmenter, prepare_support
+from medmeta.adaptation import METHODS, Budget, adapt_prepared, make_segmenter, prepare_support, with_unlabelled
 from medmeta.data.store import StoredTask
 from medmeta.data.tasks import Task
 from medmeta.errors import InputError
@@ -38,11 +38,12 @@ class Trial:
 
     Args:
         shots: numbers of support scans.
-        methods: ways to adapt, of `medmeta.adaptation.METHODS`; "inner" is each learner's own rule and takes no steps.
+        methods: ways to adapt, of `medmeta.adaptation.METHODS`; "inner" is each learner's own rule and takes no steps;
+            "self_training" has the scans, not the labels, of the patients who are neither in the support nor tested.
         steps: lengths of the adaptation by any other method, each a run of its own.
         draws: support sets for each number of scans; the larger holds the smaller.
         test_patients: patients that are segmented and scored, never in a support.
-        rate: AdamW's step size.
+        rate: Adam's peak step size.
         patches: patches of one adaptation step.
         tolerance_mm: of surface Dice.
         seed: decides test patients, support sets and patches.
@@ -121,6 +122,10 @@ def compare(
             if (shots, draw) not in prepared:
                 prepared = {(shots, draw): prepare_support(support_task, model.voxels, stride=model.learner.net.stride)}
             support = prepared[shots, draw]
+            if method == "self_training":
+                others = task.of_patients(supports[draw][shots:])
+                hidden = replace(others, cases=tuple(replace(case, labels=None) for case in others.cases))
+                support, _ = with_unlabelled(support, hidden, draw)
             started = time.perf_counter()
             budget = Budget(steps=steps, rate=trial.rate, patches=trial.patches)
             state = adapt_prepared(model.learner, support, method, budget, draw, device, precision)

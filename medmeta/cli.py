@@ -201,10 +201,14 @@ def adapt(
     target: Targets = None,
     background: Background = None,
     modality: Annotated[str | None, typer.Option(help="CT or MR; found from the scans when not given.")] = None,
+    unlabelled: Annotated[
+        list[Path] | None, typer.Option(help="Scans without labels, or folders of them, to learn from too.")
+    ] = None,
     method: Annotated[
-        str, typer.Option(help="auto, finetune, lora, norms, head, inner (the learner's own rule) or scratch.")
+        str,
+        typer.Option(help="auto, finetune, self_training, lora, norms, head, inner (the learner's own) or scratch."),
     ] = "auto",
-    steps: Annotated[int, typer.Option(help="Optimiser steps of each fine-tuning at most.")] = 400,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of each fine-tuning at most.")] = 1000,
     minutes: Annotated[float | None, typer.Option(help="Minutes at most, for all of it.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -227,9 +231,14 @@ def adapt(
     refuse_existing(out)
     source = load(model)
     task = support_task(
-        images, labels, targets=read_targets(target), modality=modality, background=read_values(background)
+        images,
+        labels,
+        targets=read_targets(target),
+        modality=modality,
+        background=read_values(background),
+        unlabelled=unlabelled or (),
     )
-    _line(f"{len(task.cases)} scans, {task.modality}, {', '.join(task.targets)}")
+    _line(f"{len(task.labelled.cases)} labelled scans, {task.modality}, {', '.join(task.targets)}")
     with Reporter(console) as reporter:
         segmenter = adapt_to(
             source,
@@ -244,6 +253,8 @@ def adapt(
     segmenter.save(out)
     _describe_adaptation(segmenter.card)
     _line(f"The adapted model is in {out}")
+    if segmenter.card.get("unlabelled", {}).get("unusable"):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -464,6 +475,10 @@ def _describe_adaptation(card: Mapping[str, Any]) -> None:
     from medmeta.forecast import describe
 
     chosen = card["method"]
+    if "unlabelled" in card:
+        _line(f"Learned from {card['unlabelled']['scans']} unlabelled scans too.")
+        for reason in card["unlabelled"]["unusable"]:
+            _line(f"Not usable: {reason}")
     if "left_out" not in card:
         _line(f"Adapted by {chosen}. From 3 labelled scans on, the way is chosen and the Dice forecast.")
         return

@@ -23,6 +23,7 @@ from medmeta.adaptation import (
     make_segmenter,
     prepare_support,
     support_task,
+    with_unlabelled,
 )
 from medmeta.data.tasks import Case, Task, pair_folders
 from medmeta.data.volume import Volume, write_volume
@@ -43,6 +44,14 @@ def task(support) -> Task:
     return support_task(support / "images", support / "labels", targets=TWO)
 
 
+@pytest.fixture(scope="module")
+def scans(task, tmp_path_factory) -> Task:
+    """`task` with one more scan, which has no label map."""
+    scan = tmp_path_factory.mktemp("unlabelled") / "new.nii.gz"
+    write_volume(phantom(2, 2)[0], scan)
+    return replace(task, cases=(*task.cases, Case("new", "new", (scan,), None)))
+
+
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -52,23 +61,23 @@ def finite(state: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_seed_decides_and_nothing_else(task, method):
+def test_the_seed_decides_and_nothing_else(scans, method):
     model, budget = tiny_model(), Budget(steps=3)
-    first = adapt_to(model, task, method=method, budget=budget, seed=1)
+    first = adapt_to(model, scans, method=method, budget=budget, seed=1)
     torch.manual_seed(5)
     np.random.seed(5)
-    assert same(adapt_to(model, task, method=method, budget=budget, seed=1).state, first.state)
-    assert same(adapt_to(tiny_model(), task, method=method, budget=budget, seed=1).state, first.state)
-    assert not same(adapt_to(model, task, method=method, budget=budget, seed=2).state, first.state)
+    assert same(adapt_to(model, scans, method=method, budget=budget, seed=1).state, first.state)
+    assert same(adapt_to(tiny_model(), scans, method=method, budget=budget, seed=1).state, first.state)
+    assert not same(adapt_to(model, scans, method=method, budget=budget, seed=2).state, first.state)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("learner", ["fomaml", "transfer", "prototypical"])
-def test_the_learner_is_left_as_it_was(task, learner, method):
+def test_the_learner_is_left_as_it_was(scans, learner, method):
     model = tiny_model(learner)
     before = {name: tensor.clone() for name, tensor in model.learner.state_dict().items()}
     global_state = torch.get_rng_state()
-    segmenter = adapt_to(model, task, method=method, budget=Budget(steps=3))
+    segmenter = adapt_to(model, scans, method=method, budget=Budget(steps=3))
     assert same(model.learner.state_dict(), before)
     assert all(parameter.grad is None for parameter in model.learner.parameters())
     assert all(parameter.requires_grad for parameter in model.learner.parameters())
@@ -114,7 +123,8 @@ def test_an_impossible_budget_is_refused(budget):
 
 def test_an_unknown_method_is_refused(task):
     with pytest.raises(
-        ValueError, match=r"method 'magic'; required: one of auto, inner, finetune, lora, norms, head, scratch"
+        ValueError,
+        match=r"method 'magic'; required: one of auto, inner, finetune, lora, norms, head, self_training, scratch",
     ):
         adapt_to(tiny_model(), task, method="magic")
 
@@ -192,8 +202,8 @@ def test_values_of_one_structure_are_one_class(support):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_2d_network(task, method):
-    segmenter = adapt_to(tiny_2d(), task, method=method, budget=Budget(steps=2))
+def test_a_2d_network(scans, method):
+    segmenter = adapt_to(tiny_2d(), scans, method=method, budget=Budget(steps=2))
     assert finite(segmenter.state)
     assert segmenter.predict(phantom(2, 2)[0]).shape == phantom(2, 2)[0].shape
 
@@ -384,17 +394,100 @@ def test_one_organ_of_two_that_no_support_scan_holds_is_refused(support, tmp_pat
     assert segmenter.labels == (1, 2), "one scan that holds it is enough"
 
 
-def test_unlabelled_and_unpaired_scans(support, tmp_path, task):
-    extra = replace(task, cases=(*task.cases, Case("new", "new", task.cases[0].images, None)))
+def test_unlabelled_and_unpaired_scans(support, tmp_path, task, scans):
     budget = Budget(steps=1)
     model = tiny_model()
-    assert same(adapt_to(model, extra, budget=budget).state, adapt_to(model, task, budget=budget).state)
+    states = [adapt_to(model, each, method="finetune", budget=budget).state for each in (scans, task)]
+    assert same(*states)
     with pytest.raises(InputError, match="no labelled scan"):
-        adapt_to(model, replace(task, cases=extra.cases[-1:]), budget=budget)
+        adapt_to(model, replace(task, cases=scans.cases[-1:]), budget=budget)
     folder = copy_of(support, tmp_path / "s")
     (folder / "labels" / "case1.nii.gz").unlink()
     with pytest.raises(InputError, match=r"images without labels: case1\.nii\.gz"):
         adapt(model, folder / "images", folder / "labels", targets=TWO)
+
+
+def test_auto_learns_from_unlabelled_scans_where_there_are_some(scans, task):
+    told = []
+    segmenter = adapt_to(tiny_model(), scans, budget=Budget(steps=7), progress=lambda *given: told.append(given[:2]))
+    assert (segmenter.card["method"], segmenter.card["unlabelled"]) == ("self_training", {"scans": 1, "unusable": []})
+    assert told == [(step, 7) for step in range(1, 8)]
+    assert not same(segmenter.state, adapt_to(tiny_model(), task, budget=Budget(steps=7)).state)
+    limited = adapt_to(tiny_model(), scans, budget=Budget(steps=10**6, minutes=0.01))
+    assert finite(limited.state)
+    assert finite(adapt_to(tiny_model(), scans, budget=Budget(steps=0)).state)
+
+
+def test_an_unusable_unlabelled_scan_stops_nothing_and_is_named(scans, task, tmp_path):
+    (tmp_path / "text.nii.gz").write_text("no scan")
+    broken = Case("text", "text", (tmp_path / "text.nii.gz",), None)
+    card = adapt_to(tiny_model(), replace(scans, cases=(*scans.cases, broken)), budget=Budget(steps=3)).card
+    assert card["unlabelled"]["scans"] == 1
+    assert len(card["unlabelled"]["unusable"]) == 1
+    assert "text.nii.gz" in card["unlabelled"]["unusable"][0]
+    alone = replace(task, cases=(*task.cases, broken))
+    assert adapt_to(tiny_model(), alone, budget=Budget(steps=1)).card["method"] == "finetune"
+    with pytest.raises(InputError, match=r"no unlabelled scan that can be used \(.*text\.nii\.gz"):
+        adapt_to(tiny_model(), alone, method="self_training", budget=Budget(steps=1))
+    with pytest.raises(InputError, match=r"no unlabelled scan that can be used \(none given\)"):
+        adapt_to(tiny_model(), task, method="self_training", budget=Budget(steps=1))
+
+
+def test_a_voxel_gets_a_label_where_the_network_is_sure_and_the_organ_is_one_piece(scans):
+    import medmeta.adaptation as module
+
+    support, _ = with_unlabelled(prepare_support(scans, 16**3, stride=2), scans, seed=0)
+    shape = (12, 10, 8)
+    image = np.zeros((1, *shape), dtype=np.float16)
+    image[0, 1:4, 1:4, 1:4] = 1  # the organ
+    image[0, 8:10, 1, 1] = 1  # a second piece of it
+    image[0, 5, 5, 5] = 0.5  # nobody knows
+    image[0, 6, 6, 6] = 2  # another structure, which may have pieces
+    image[0, 11, 6, 6] = 2
+
+    def predict(windows):
+        chances = {0.0: (0.9, 0.05, 0.05), 1.0: (0.1, 0.85, 0.05), 0.5: (0.2, 0.7, 0.1), 2.0: (0.0, 0.0, 1.0)}
+        made = torch.zeros(len(windows), 3, *windows.shape[2:])
+        for value, each in chances.items():
+            made += (windows == value) * torch.tensor(each)[None, :, None, None, None]
+        return made
+
+    case = replace(support.unlabelled[0], image=image, mask=np.full(shape, -1, dtype=np.int8))
+    made = module._label_where_sure(case, replace(support, patch=(16, 16, 8)), predict, (1,), "cpu")
+    expected = np.zeros(shape, dtype=np.int8)
+    expected[1:4, 1:4, 1:4] = 1
+    expected[8:10, 1, 1] = expected[5, 5, 5] = -1
+    expected[6, 6, 6] = expected[11, 6, 6] = 2
+    assert np.array_equal(made.mask, expected)
+    assert {label: len(places) for label, places in made.places.items()} == {1: 27, 2: 2}
+
+
+def test_unlabelled_scans_are_listed_without_those_of_the_support(support, tmp_path):
+    (tmp_path / "all").mkdir()
+    for case in (1, 2, 3):
+        write_volume(phantom(2, case)[0], tmp_path / "all" / f"case{case}.nii.gz")
+    shutil.copytree(support / "labels", tmp_path / "labels")
+    (tmp_path / "labels" / "case0.nii.gz").unlink()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "case1.nii.gz").symlink_to(tmp_path / "all" / "case1.nii.gz")
+    task = support_task(tmp_path / "images", tmp_path / "labels", targets=TWO, unlabelled=[tmp_path / "all"])
+    assert [case.id for case in task.cases] == ["case1", "unlabelled/case2", "unlabelled/case3"]
+    assert [case.labels is None for case in task.cases] == [False, True, True]
+    with pytest.raises(InputError, match="nothing at this path"):
+        support_task(tmp_path / "images", tmp_path / "labels", targets=TWO, unlabelled=[tmp_path / "none"])
+
+
+def test_at_most_so_many_unlabelled_scans_are_read(scans, monkeypatch):
+    import medmeta.adaptation as module
+
+    monkeypatch.setattr(module, "UNLABELLED", 2)
+    many = [replace(scans.cases[-1], id=f"new{number}") for number in range(5)]
+    task = replace(scans, cases=(*scans.labelled.cases, *many))
+    support = prepare_support(task, 16**3, stride=2)
+    drawn = [tuple(case.id for case in with_unlabelled(support, task, seed)[0].unlabelled) for seed in (0, 0, 1, 2, 3)]
+    assert all(len(set(ids)) == 2 for ids in drawn)
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) > 1
 
 
 def test_a_nan_scan_is_refused_and_a_few_nan_voxels_are_not(support, tmp_path):

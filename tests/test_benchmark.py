@@ -53,6 +53,21 @@ def test_supports_never_hold_a_test_patient_and_larger_ones_hold_smaller(task):
         draw_supports(task, Trial(test_patients=4))
 
 
+def test_self_training_sees_no_test_scan_and_no_label_of_another(task, arms, tmp_path, monkeypatch):
+    import medmeta.benchmark as module
+
+    given = []
+    look = module.with_unlabelled
+    monkeypatch.setattr(module, "with_unlabelled", lambda *call: given.append(call[1]) or look(*call))
+    trial = replace(TRIAL, shots=(1,), methods=("self_training",), steps=(3,), draws=1)
+    (result,) = compare({"a": arms["a"]}, task, trial, tmp_path)
+    (hidden,) = given
+    assert all(case.labels is None for case in hidden.cases)
+    seen = {case.id for case in hidden.cases} | set(result["support"])
+    assert len(seen) == 3
+    assert not seen & {case["case"] for case in result["cases"]}
+
+
 def test_every_arm_meets_the_same_scans_and_nothing_is_done_twice(task, arms, tmp_path):
     results = compare(arms, task, TRIAL, tmp_path)
     assert len(results) == 2 * 2 * 2 * 2

@@ -116,6 +116,23 @@ def test_version_and_no_words(medmeta_command):
 # From adapt to scores
 
 
+def test_adapt_with_unlabelled_scans(medmeta_command, model, support, tmp_path):
+    write_pairs(tmp_path / "more", cases=(2, 3))
+    (tmp_path / "more" / "images" / "text.nii.gz").write_text("no scan")
+    run = medmeta_command(
+        "adapt", model, "--images", support / "images", "--labels", support / "labels", "--out", tmp_path / "organ",
+        "--unlabelled", tmp_path / "more" / "images", "--steps", 3,
+    )  # fmt: skip
+    assert run.code == 1, "done, with a problem"
+    assert "Learned from 2 unlabelled scans too." in run.out
+    assert "text.nii.gz" in run.out
+    assert load(tmp_path / "organ").card["method"] == "self_training"
+
+
+def test_adapt_takes_as_many_steps_as_the_api(medmeta_command):
+    assert f"[default: {Budget().steps}]" in medmeta_command("adapt", "--help").out
+
+
 def test_adapt_predict_evaluate(medmeta_command, model, support, tmp_path):
     out, made, scores = tmp_path / "organ", tmp_path / "made", tmp_path / "scores" / "scores.json"
     run = medmeta_command(
@@ -123,7 +140,7 @@ def test_adapt_predict_evaluate(medmeta_command, model, support, tmp_path):
         "--target", "anterior=1", "--target", " posterior = 2", "--seed", 3,
     )  # fmt: skip
     assert (run.code, run.err) == (0, "")
-    assert "2 scans, CT, anterior, posterior" in run.out
+    assert "2 labelled scans, CT, anterior, posterior" in run.out
     assert isinstance(load(out), Segmenter)
     assert load(out).card["seed"] == 3
 

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from medmeta.data.preprocess import Preprocess
 from medmeta.data.tasks import Case, Task
 from medmeta.data.volume import Volume, grid_difference, read_channels, read_labels
+from medmeta.episode import IGNORED
 from medmeta.errors import InputError
 from medmeta.files import read_json
 
@@ -65,8 +66,9 @@ class StoredTask:
         name: task name.
         classes: K.
         patch: patch shape in voxels.
-        cases: the scans.
+        cases: the labelled scans.
         preprocess: how they came onto the working grid.
+        unlabelled: scans whose mask is -1 everywhere.
     """
 
     name: str
@@ -74,6 +76,7 @@ class StoredTask:
     patch: tuple[int, int, int]
     cases: tuple[StoredCase, ...]
     preprocess: Preprocess
+    unlabelled: tuple[StoredCase, ...] = ()
 
     @property
     def patients(self) -> dict[str, list[StoredCase]]:
@@ -92,16 +95,7 @@ def read_case(task: Task, case: Case) -> tuple[Volume, torch.Tensor]:
     """
     if case.labels is None:
         raise InputError(case.images[0], "no label map", "a labelled scan", "Leave the case out or label it.")
-    scan, labels = read_channels(case.images), read_labels(case.labels)
-    if scan.channels != len(task.channels):
-        raise InputError(
-            case.images[0],
-            f"{scan.channels} channels",
-            f"{len(task.channels)} ({', '.join(task.channels)})",
-            "Declare the channels of the task, or give one file with all of them.",
-        )
-    if not bool(torch.isfinite(scan.data).any()):
-        raise InputError(case.images[0], "NaN or infinity in every voxel", "a scan with intensities", "Leave it out.")
+    scan, labels = _read_scan(task, case), read_labels(case.labels)
     difference = grid_difference(scan, labels)
     if difference:
         raise InputError(
@@ -111,6 +105,20 @@ def read_case(task: Task, case: Case) -> tuple[Volume, torch.Tensor]:
             "Resample the label map onto the image's grid.",
         )
     return scan, task.encode(labels.data, case.labels)
+
+
+def _read_scan(task: Task, case: Case) -> Volume:
+    scan = read_channels(case.images)
+    if scan.channels != len(task.channels):
+        raise InputError(
+            case.images[0],
+            f"{scan.channels} channels",
+            f"{len(task.channels)} ({', '.join(task.channels)})",
+            "Declare the channels of the task, or give one file with all of them.",
+        )
+    if not bool(torch.isfinite(scan.data).any()):
+        raise InputError(case.images[0], "NaN or infinity in every voxel", "a scan with intensities", "Leave it out.")
+    return scan
 
 
 def fit_preprocess(task: Task, cases: Sequence[Case] | None = None, *, most: int = 12) -> Preprocess:
@@ -144,10 +152,21 @@ def prepare(task: Task, case: Case, preprocess: Preprocess) -> StoredCase:
     scan, mask = read_case(task, case)
     image = preprocess.forward(scan).data.numpy().astype(np.float16)
     working = preprocess.forward_mask(mask, scan.affine, task.classes).numpy()
-    return StoredCase(case.id, case.patient, image, working, _places(working, task.classes))
+    return StoredCase(case.id, case.patient, image, working, find_places(working, task.classes))
 
 
-def _places(mask: np.ndarray, classes: int) -> dict[int, np.ndarray]:
+def prepare_unlabelled(task: Task, case: Case, preprocess: Preprocess) -> StoredCase:
+    """Bring one scan onto the working grid, in memory, with a mask that is -1 everywhere.
+
+    Raises:
+        InputError: the scan cannot be read or has other channels than the task; the message names the file.
+    """
+    image = preprocess.forward(_read_scan(task, case)).data.numpy().astype(np.float16)
+    return StoredCase(case.id, case.patient, image, np.full(image.shape[1:], IGNORED, dtype=np.int8), {})
+
+
+def find_places(mask: np.ndarray, classes: int) -> dict[int, np.ndarray]:
+    """Up to `PLACES` voxels (n, 3) of each class that a mask (X, Y, Z) holds."""
     places = {}
     for label in range(1, classes + 1):
         voxels = np.argwhere(mask == label).astype(np.int32)

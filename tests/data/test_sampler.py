@@ -10,7 +10,7 @@ import torch
 
 from medmeta.data.preprocess import Preprocess
 from medmeta.data.sampler import FOREGROUND, Augment, EpisodeSampler, draw_patch
-from medmeta.data.store import StoredCase, StoredTask, _places, fit_preprocess, prepare
+from medmeta.data.store import StoredCase, StoredTask, find_places, fit_preprocess, prepare
 from medmeta.data.tasks import load_task
 from medmeta.episode import IGNORED, Episode
 
@@ -20,7 +20,7 @@ PATCH = (16, 16, 8)
 def a_case(mask: np.ndarray, image: np.ndarray | None = None, *, patient="p", name="c", classes=3) -> StoredCase:
     image = mask[None] if image is None else image
     mask = mask.astype(np.int8)
-    return StoredCase(name, patient, image.astype(np.float16), mask, _places(mask, classes))
+    return StoredCase(name, patient, image.astype(np.float16), mask, find_places(mask, classes))
 
 
 def a_task(cases, *, name="task", classes=3, patch=PATCH, modality="CT", spacing=(1.0, 1.0, 1.0)) -> StoredTask:

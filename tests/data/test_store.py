@@ -83,7 +83,7 @@ def test_places_lie_on_their_class(task, tmp_path):
 def test_many_voxels_are_thinned_over_the_whole_organ():
     mask = np.zeros((40, 40, 40), dtype=np.int8)
     mask[5:35, 5:35, 5:35] = 2
-    places = module._places(mask, 3)
+    places = module.find_places(mask, 3)
     assert list(places) == [2]
     assert PLACES / 2 < len(places[2]) <= PLACES
     assert places[2].min() == 5
