@@ -53,6 +53,13 @@ AVERAGE = 0.98
 PULL = 0.5
 """Strength with which full fine-tuning is drawn back to its start (L2-SP)."""
 
+STRENGTH = 2.0
+"""Of the augmentation, relative to that of training: few scans show few of the sizes and brightnesses there are."""
+
+RECONTRAST = 0.5
+"""Share of patches that get another contrast where a single MR scan is labelled; k scans show k contrasts themselves,
+and the share is k times less."""
+
 UNLABELLED = 12
 """Unlabelled scans that self-training learns from at most."""
 
@@ -150,9 +157,9 @@ def adapt_to(
         for name, rows in scores.items()
     }
     means = {name: mean_score(values) for name, values in dices.items()}
-    chosen = max(means, key=lambda name: means[name]) if means else "finetune" if method == "auto" else method
-    notes: list[str] = []
-    if chosen == "self_training" or (method == "auto" and chosen == "finetune"):
+    best = max(means, key=lambda name: means[name]) if means else "finetune" if method == "auto" else method
+    chosen, notes = best, []
+    if best == "self_training" or (method == "auto" and best == "finetune"):
         support, notes = with_unlabelled(support, task, seed)
         if support.unlabelled:
             chosen = "self_training"
@@ -165,9 +172,9 @@ def adapt_to(
     if support.unlabelled or notes:
         card["unlabelled"] = {"scans": len(support.unlabelled), "unusable": notes}
     if scores:
-        card["left_out"] = {"mean_dice": means, "cases": scores[chosen]}
+        card["left_out"] = {"mean_dice": means, "cases": scores[best]}
         trained_on = round(len(task.labelled.cases) * (1 - 1 / len(folds)))
-        card["forecast"] = forecast(dices[chosen], trained_on, len(task.labelled.cases), seed).to_dict()
+        card["forecast"] = forecast(dices[best], trained_on, len(task.labelled.cases), seed).to_dict()
     return make_segmenter(model, task, support, state, card)
 
 
@@ -328,7 +335,10 @@ def adapt_prepared(
     tuning = TUNINGS.get(method, tune_all)(net, start, generator)
     moved = {name: tensor.requires_grad_() for name, tensor in tuning.leaves.items()}
     average = {name: tensor.detach().clone() for name, tensor in moved.items()}
-    augment = Augment(support.patch, support.preprocess.spacing, support.preprocess.modality)
+    preprocess, patients = support.preprocess, len({case.patient for case in support.cases})
+    augment = Augment(
+        support.patch, preprocess.spacing, preprocess.modality, strength=STRENGTH, recontrast=RECONTRAST / patients
+    )
     peak = budget.rate * RATES.get(method, 1.0)
     optimiser = torch.optim.Adam(moved.values(), lr=peak)
     started = time.monotonic()

@@ -14,19 +14,17 @@ if TYPE_CHECKING:
     import torch
 
 Out = Annotated[Path, typer.Option("--out", help="New folder for what is made.")]
-Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same result.")]
+Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
 Targets = Annotated[
     list[str] | None,
     typer.Option("--target", metavar="NAME=1,2", help="A structure and its label values; again for each, may overlap."),
 ]
 Background = Annotated[
     str | None,
-    typer.Option("--background", metavar="1,4", help="Label values of other organs, to count as background."),
+    typer.Option("--background", metavar="1,4", help="Label values that count as background."),
 ]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the config.")]
-ModelFolder = Annotated[
-    Path, typer.Argument(help="Model folder that train or adapt wrote, or the name of a model that comes with medmeta.")
-]
+ModelFolder = Annotated[Path, typer.Argument(help="Folder or name of a model.")]
 Precision = Annotated[
     str, typer.Option("--precision", help="float32, bfloat16, or auto: bfloat16 where the processor has it.")
 ]
@@ -45,13 +43,11 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 Backend = Annotated[
     str,
-    typer.Option("--backend", help="torch, or openvino (an extra) on the CPU.", callback=one_of("torch", "openvino")),
+    typer.Option("--backend", help="torch, or openvino (an extra).", callback=one_of("torch", "openvino")),
 ]
-Engine = Annotated[
-    str, typer.Option("--engine", help="local, or ray (an extra) over a cluster.", callback=one_of("local", "ray"))
-]
-Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes of the Ray engine.")]
-GpusPerWorker = Annotated[float, typer.Option("--gpus-per-worker", min=0.0, help="GPUs of each of them.")]
+Engine = Annotated[str, typer.Option("--engine", help="local, or ray (an extra).", callback=one_of("local", "ray"))]
+Workers = Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Processes of Ray.")]
+GpusPerWorker = Annotated[float, typer.Option("--gpus-per-worker", min=0.0, metavar="N", help="GPUs of each of them.")]
 
 
 def require_device(name: str) -> str:

@@ -24,7 +24,8 @@ from medmeta.files import read_json, replacing, write_json
 from medmeta.losses import dice_cross_entropy
 from medmeta.measure import median_seconds, peak_memory
 from medmeta.recipe import Prepared, Progress, Recipe, phase_episodes, prepare_tasks, train_recipe, untrained
-from medmeta.report import arm_panels, learning_curves
+from medmeta.report import arm_panels, describe_adaptation, learning_curves
+from medmeta.review import write_comparison
 from medmeta.segmenter import Model
 from medmeta.train import Row, autocast
 
@@ -154,12 +155,6 @@ def _key(model: Model, task: Task, trial: Trial) -> str:
     facts = [setting, model.learner.name, model.learner.options, model.voxels, [case.id for case in task.cases]]
     digest.update(json.dumps([facts, task.atoms, task.ignored], sort_keys=True).encode())
     return digest.hexdigest()[:8]
-
-
-def describe_adaptation(method: str, steps: int, space: str = " ") -> str:
-    """A way to adapt in words: "own rule", "30 steps", "head 30 steps"."""
-    words = ["own", "rule"] if method == "inner" else [*([] if method == "finetune" else [method]), str(steps), "steps"]
-    return space.join(words)
 
 
 def draw_supports(task: Task, trial: Trial) -> tuple[Task, list[list[str]]]:
@@ -366,7 +361,10 @@ def run_arms(
         tables.append(cost_table(costs, rows))
         parts = [f"**{title}**\n\n{table}\n" for title, table in zip(titles, tables, strict=True)]
         beside.write_text("\n".join(parts), encoding="utf-8")
-    draw_curves(rows, out)
+    pictures = draw_curves(rows, out)
+    pictures |= {f"Learning of {name}": out / f"learning-{name}.png" for name, plan in plans.items() if plan.phases}
+    facts = {"trial": asdict(trial)}
+    write_comparison(out, rows, task, baseline=BASELINE, costs=costs, pictures=pictures, settings=facts)
     return rows
 
 
@@ -403,18 +401,22 @@ def _cost(
     return read_json(file)
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Dice over the number of scans and over the seconds of adaptation, one panel for each arm."""
+def draw_curves(rows: Sequence[Mapping[str, Any]], out: Path) -> dict[str, Path]:
+    """Dice over the number of scans and over the seconds of adaptation, one panel for each arm: title -> picture."""
+    pictures: dict[str, Path] = {}
     baselines = [arm for arm in ("scratch", BASELINE) if any(row["arm"] == arm for row in rows)]
     for method, steps in dict.fromkeys((row["method"], row["steps"]) for row in rows):
         chosen = [row for row in rows if (row["method"], row["steps"]) == (method, steps)]
         path = out / f"shots-{describe_adaptation(method, steps, '-')}.png"
         arm_panels(_series(chosen, "shots"), path, baselines=baselines, label="labelled scans")
+        pictures[f"Dice over labelled scans, {describe_adaptation(method, steps)}"] = path
     for shots in dict.fromkeys(row["shots"] for row in rows):
         chosen = [row for row in rows if row["shots"] == shots and row["method"] != "inner"]
         if chosen:
             path = out / f"time-{shots}-scans.png"
             arm_panels(_series(chosen, "adapt_seconds"), path, baselines=baselines, label="seconds of adaptation")
+            pictures[f"Dice over seconds of adaptation, {shots} scans"] = path
+    return pictures
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[tuple[float, float, float, float]]]:

@@ -196,23 +196,24 @@ def train(
 def adapt(
     model: ModelFolder,
     images: Annotated[Path, typer.Option("--images", help="Folder of 1 to 10 scans.")],
-    labels: Annotated[Path, typer.Option("--labels", help="Folder of their label maps, of the same names.")],
+    labels: Annotated[Path, typer.Option("--labels", help="Label maps of the same names.")],
     out: Out,
     target: Targets = None,
     background: Background = None,
-    modality: Annotated[str | None, typer.Option(help="CT or MR; found from the scans when not given.")] = None,
+    modality: Annotated[str | None, typer.Option(help="CT or MR; else found from the scans.")] = None,
     unlabelled: Annotated[
-        list[Path] | None, typer.Option(help="Scans without labels, or folders of them, to learn from too.")
+        list[Path] | None, typer.Option(metavar="PATH", help="Scans without labels, to learn from too.")
     ] = None,
     method: Annotated[
         str,
         typer.Option(help="auto, finetune, self_training, lora, norms, head, inner (the learner's own) or scratch."),
     ] = "auto",
-    steps: Annotated[int, typer.Option(help="Optimiser steps of each fine-tuning at most.")] = 1000,
+    steps: Annotated[int, typer.Option(help="Steps of each fine-tuning.")] = 1000,
     minutes: Annotated[float | None, typer.Option(help="Minutes at most, for all of it.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     precision: Precision = "auto",
+    report: Annotated[Path | None, typer.Option("--report", help="Folder for a page to look at.")] = None,
 ) -> None:
     """Adapt a model to a new organ from a few labelled scans, and say how good it will be.
 
@@ -224,6 +225,7 @@ def adapt(
     from medmeta.adaptation import Budget, adapt_to, support_task
     from medmeta.console import Reporter
     from medmeta.inference import fastest_precision
+    from medmeta.review import write_adaptation
     from medmeta.segmenter import load, refuse_existing
 
     if modality not in (None, "CT", "MR"):
@@ -239,7 +241,13 @@ def adapt(
         unlabelled=unlabelled or (),
     )
     _line(f"{len(task.labelled.cases)} labelled scans, {task.modality}, {', '.join(task.targets)}")
+    losses: list[tuple[int, int, float]] = []
     with Reporter(console) as reporter:
+
+        def tell(done: int, total: int, loss: float) -> None:
+            losses.append((done, total, loss))
+            reporter("adapting", done, total, f"loss {loss:.3f}")
+
         segmenter = adapt_to(
             source,
             task,
@@ -248,11 +256,13 @@ def adapt(
             seed=seed,
             device=device,
             precision=fastest_precision(device) if precision == "auto" else read_precision(precision),
-            progress=lambda done, total, loss: reporter("adapting", done, total, f"loss {loss:.3f}"),
+            progress=tell,
         )
     segmenter.save(out)
     _describe_adaptation(segmenter.card)
     _line(f"The adapted model is in {out}")
+    if report:
+        _line(f"To look at it: {write_adaptation(report, segmenter, task, losses=losses)}")
     if segmenter.card.get("unlabelled", {}).get("unusable"):
         raise typer.Exit(1)
 
@@ -261,7 +271,7 @@ def adapt(
 def predict(
     model: ModelFolder,
     inputs: Annotated[list[Path], typer.Argument(help="Scans, folders of scans, DICOM folders, .txt and .csv lists.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the label maps; made when missing.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the label maps.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Segment again what is there already.")] = False,
     recursive: Annotated[bool, typer.Option("--recursive", help="Search folders within folders.")] = False,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Write probabilities too.")] = False,
@@ -384,7 +394,7 @@ def evaluate(
 @app.command()
 def benchmark(
     config: Annotated[
-        Path, typer.Argument(help="YAML config; configs/learners_*.yaml and configs/adapt_*.yaml are examples.")
+        Path, typer.Argument(help="YAML config; configs/learners_*.yaml and configs/hold_out_*.yaml are examples.")
     ],
     out: Out,
     set_: Changes = None,
@@ -413,6 +423,7 @@ def benchmark(
         )  # fmt: skip
     _line(markdown_table(rows, list(plans)))
     _line(f"Surface Dice and costs are in {out / 'table.md'}. Every case, the models and the curves are in {out}")
+    _line(f"To look at it: {out / 'report' / 'index.html'}")
 
 
 @app.command("import")
@@ -546,7 +557,7 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        app()
+        app(prog_name="medmeta")
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from medmeta.representation import episode_html, episode_line, examples_html, examples_line
+
 State = dict[str, Tensor]
 """All that was learned from one support set: weights, prototypes, memory."""
 
@@ -49,6 +51,12 @@ class Examples:
     def __len__(self) -> int:
         return self.image.shape[0]
 
+    def __repr__(self) -> str:
+        return f"Examples({examples_line(self)})"
+
+    def _repr_html_(self) -> str:
+        return examples_html(self)
+
     @property
     def channels(self) -> int:
         return self.image.shape[1]
@@ -74,6 +82,12 @@ class Episode:
     task: str
     support: Examples
     query: Examples
+
+    def __repr__(self) -> str:
+        return f"Episode({episode_line(self)})"
+
+    def _repr_html_(self) -> str:
+        return episode_html(self)
 
     def to(self, device: torch.device | str) -> Episode:
         return replace(self, support=self.support.to(device), query=self.query.to(device))

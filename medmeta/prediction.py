@@ -20,6 +20,7 @@ from medmeta.data.volume import Volume, read_header, read_labels, write_volume
 from medmeta.errors import InputError
 from medmeta.files import replacing, write_json
 from medmeta.inference import Predictor, fastest_precision, openvino_predictor
+from medmeta.representation import prediction_html, prediction_line
 from medmeta.segmenter import Segmentation, Segmenter, load
 from medmeta.worklist import Manifest, Scan, described, fingerprint, list_scans, locked, refuse_own_inputs
 
@@ -60,6 +61,12 @@ class Prediction:
     quality: float | None = None
     notes: tuple[str, ...] = ()
     files: tuple[dict[str, Any], ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Prediction({prediction_line(self)})"
+
+    def _repr_html_(self) -> str:
+        return prediction_html(self)
 
 
 def predict(

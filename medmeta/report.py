@@ -13,6 +13,7 @@ import numpy as np
 
 from medmeta.data.volume import Volume, grid_difference
 from medmeta.files import replacing
+from medmeta.representation import COLOURS, axis_across, stretch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 CT_WINDOW = (-160.0, 240.0)
 """HU; the usual soft-tissue window of abdominal CT."""
 
-# Okabe and Ito (2008): told apart by people with any of the common colour vision deficiencies.
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 _DASHES = ("solid", (0, (3, 1.5)))
 _PHASE_COLOURS = {"pretrain": "#0072B2", "meta": "#D55E00"}
 _ARM_STYLES = {"scratch": ("#777777", "s"), "transfer": ("#0072B2", "o"), "meta": ("#D55E00", "D")}
@@ -56,8 +55,14 @@ class Panel:
                 raise ValueError(f"{self.title}: the {name} is on another grid than the scan: {difference}")
 
 
+def describe_adaptation(method: str, steps: int, space: str = " ") -> str:
+    """A way to adapt in words: "own rule", "30 steps", "head 30 steps"."""
+    words = ["own", "rule"] if method == "inner" else [*([] if method == "finetune" else [method]), str(steps), "steps"]
+    return space.join(words)
+
+
 def learning_curves(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Draws the training loss and the validation Dice of a run.
+    """Draws the training loss of a run, and below it the validation Dice where there is any.
 
     Args:
         history: rows {"phase": str, "step": int, "loss": float | None, "validation_dice": float | None} in the order
@@ -69,24 +74,29 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: str | Path) -> N
     """
     if not history:
         raise ValueError("no rows in the history; required: at least one training step")
-    figure = _figure(9, 5.6)
-    losses, validation = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 2)})
+    validated = any(_is_number(row.get("validation_dice")) for row in history)
+    figure = _figure(9, 5.6 if validated else 3.6)
+    ratios = (3, 2) if validated else (1,)
+    losses, *rest = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     spare = itertools.cycle(COLOURS[:3])
     end = 0
     for number, phase in enumerate(dict.fromkeys(str(row["phase"]) for row in history)):
         rows = [row for row in history if str(row["phase"]) == phase]
         colour = _PHASE_COLOURS.get(phase) or next(spare)
         if number:
-            for axes in (losses, validation):
+            for axes in (losses, *rest):
                 axes.axvline(end, color="#444444", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         offset = end if rows[0]["step"] <= end and number else 0
         _loss_line(losses, *_points(rows, "loss", offset), colour, phase)
-        validation.plot(*_points(rows, "validation_dice", offset), color=colour, marker="o", markersize=4)
+        for validation in rest:
+            validation.plot(*_points(rows, "validation_dice", offset), color=colour, marker="o", markersize=4)
         end = offset + max(row["step"] for row in rows)
     losses.set_ylabel("training loss")
     losses.legend(frameon=False, loc="upper right")
-    validation.set(ylabel="validation Dice", xlabel="step")
-    _mark_best(validation)
+    for validation in rest:
+        validation.set_ylabel("validation Dice")
+        _mark_best(validation)
+    (rest or [losses])[0].set_xlabel("step")
     _save(figure, path)
 
 
@@ -124,9 +134,6 @@ def _mark_best(axes: Axes) -> None:
             f"best {dice:.3f}", (step, dice), (-4 if late else 4, 7), textcoords="offset points",
             ha="right" if late else "left", va="bottom", fontsize=9, color=line.get_color(),
         )  # fmt: skip
-    if not any(len(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"):
-        axes.text(0.5, 0.5, "no validation", transform=axes.transAxes, ha="center", va="center", color="#777777")
-        axes.set_yticks([])
 
 
 def montage(panels: Sequence[Panel], path: str | Path, targets: Mapping[str, Sequence[int]] | None = None) -> None:
@@ -196,9 +203,7 @@ def _view(panel: Panel, structures: Sequence[Sequence[int]]) -> _View:
         for volume in (panel.reference, panel.prediction)
     ]
     scan = apply_orientation(panel.scan.data[0].numpy(force=True), to_ras)
-    across = int(spacing.argmax())
-    if spacing[across] < 1.05 * np.delete(spacing, across).max():
-        across = 2
+    across = axis_across(spacing)
     index = _fullest_slice(labels, structures, across)
     # The first axis left, R or A, runs to the left of the picture.
     image, *outlines = (volume if volume is None else volume.take(index, across)[::-1].T for volume in (scan, *labels))
@@ -226,15 +231,6 @@ def _margins(filled: np.ndarray) -> slice:
     hits = np.flatnonzero(filled) if filled.any() else np.arange(len(filled))
     margin = len(hits) // 20 + 1
     return slice(max(int(hits[0]) - margin, 0), int(hits[-1]) + margin + 1)
-
-
-def stretch(image: np.ndarray) -> tuple[float, float]:
-    """The values drawn black and white: the 1st and 99.5th percentile of an image, its darkest value left out."""
-    finite = image[np.isfinite(image)]
-    if not finite.size or finite.min() == finite.max():
-        return 0.0, 1.0
-    low, high = np.percentile(finite[finite > finite.min()], (1, 99.5))
-    return (float(low), float(high)) if high > low else (float(finite.min()), float(finite.max()))
 
 
 def _draw_slice(axes: Axes, view: _View) -> None:

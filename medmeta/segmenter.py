@@ -34,6 +34,7 @@ from medmeta.inference import (
 from medmeta.learners import MetaLearner, build_learner
 from medmeta.networks import build_network
 from medmeta.postprocess import Certainty, keep_largest
+from medmeta.representation import segmentation_html, segmentation_line, segmenter_html, segmenter_line
 
 FORMAT = 1
 WEIGHTS, STATE, DESCRIPTION = "weights.safetensors", "state.safetensors", "model.json"
@@ -83,6 +84,12 @@ class Segmentation(Volume):
         """Mean certainty over the structures."""
         return sum(self.certainty.values()) / len(self.certainty) if self.certainty else None
 
+    def __repr__(self) -> str:
+        return f"Segmentation({segmentation_line(self)})"
+
+    def _repr_html_(self) -> str:
+        return segmentation_html(self)
+
 
 @dataclass
 class Segmenter:
@@ -109,6 +116,12 @@ class Segmenter:
     patch: tuple[int, int, int]
     card: dict[str, Any] = field(default_factory=dict)
     single: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Segmenter({segmenter_line(self)})"
+
+    def _repr_html_(self) -> str:
+        return segmenter_html(self)
 
     @torch.no_grad()
     def probabilities(

@@ -229,7 +229,7 @@ def test_the_steps_are_the_plain_ones_when_written_out(task):
     start = {name: tensor.detach().clone() for name, tensor in state.items()}
     average = {name: tensor.detach().clone() for name, tensor in state.items()}
     optimiser = torch.optim.Adam(state.values(), lr=1.0)
-    augment = Augment(support.patch, support.preprocess.spacing, "CT")
+    augment = Augment(support.patch, support.preprocess.spacing, "CT", strength=2.0)
     for step in range(3):
         rng = np.random.default_rng([9, 0, step])
         pairs = [augment(*draw_patch(support.cases[n], support.patch, rng), rng) for n in (0, 1)]

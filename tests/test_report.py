@@ -197,7 +197,8 @@ def test_learning_curves_of_short_and_broken_histories(tmp_path: Path) -> None:
     learning_curves(
         [*broken, {"phase": "other", "step": 1, "loss": None, "validation_dice": 0.5}], tmp_path / "nan.png"
     )
-    assert pixels(tmp_path / "one.png").shape == pixels(tmp_path / "nan.png").shape
+    heights = [pixels(tmp_path / name).shape[0] for name in ("one.png", "nan.png")]
+    assert heights[0] < 0.8 * heights[1], "one panel where nothing was validated"
     with pytest.raises(ValueError, match="no rows"):
         learning_curves([], tmp_path / "none.png")
     assert {path.name for path in tmp_path.iterdir()} == {"one.png", "nan.png"}

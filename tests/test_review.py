@@ -8,20 +8,34 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from matplotlib.image import imread, imsave
-from small import write_pairs
+from small import tiny_model, write_pairs
 
 from medmeta import review
+from medmeta.adaptation import Budget, adapt_to, support_task
+from medmeta.benchmark import summarise
+from medmeta.data.tasks import Task
 from medmeta.errors import InputError
 from medmeta.evaluate import evaluate_folders
 from medmeta.prediction import Prediction
-from medmeta.review import ReviewCase, evaluated_cases, predicted_cases, write_review
+from medmeta.review import (
+    Cell,
+    PageTable,
+    ReviewCase,
+    evaluated_cases,
+    predicted_cases,
+    write_adaptation,
+    write_comparison,
+    write_review,
+)
+from medmeta.segmenter import Segmenter
 
 TARGETS = {"left ball": (3,), "right ball": (7,)}
 COLOURS = {"left ball": (230, 159, 0), "right ball": (86, 180, 233)}
@@ -113,6 +127,45 @@ def volume_of(page: Path, name: str) -> nib.Nifti1Image:
 
 def written(folder: Path, *cases: ReviewCase, **options) -> Path:
     return write_review(folder, cases, **{"targets": TARGETS, "title": "a title", **options})
+
+
+@pytest.fixture(scope="module")
+def adaptation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Segmenter, Task, list[tuple[int, int, float]]]:
+    """A segmenter from three phantoms, the third of them on an oblique grid; its task; what was told of the loss."""
+    folder = write_pairs(tmp_path_factory.mktemp("Jane Doe"), cases=(0, 1, 2))
+    task = support_task(folder / "images", folder / "labels", targets={"first": (1,), "second": (2,)})
+    told = []
+    budget = Budget(steps=2)
+    return adapt_to(tiny_model(), task, budget=budget, progress=lambda *each: told.append(each)), task, told
+
+
+def arm_rows() -> list[dict]:
+    """Three arms on twelve cases and two structures: `good` is better than the baseline on each, `bad` worse."""
+    results = []
+    for shots in (1, 5):
+        for arm, dice in (("transfer", 0.5), ("good", 0.7), ("bad <i>", 0.2)):
+            figures = [{"dice": dice + shots / 100 + number / 1000, "surface_dice": dice / 2} for number in range(12)]
+            cases = [
+                {"case": f"{n}", "a": {**f, "missed": False}, "b": {**f, "missed": False}}
+                for n, f in enumerate(figures)
+            ]
+            results.append(
+                {
+                    "arm": arm,
+                    "shots": shots,
+                    "draw": 0,
+                    "method": "finetune",
+                    "steps": 30,
+                    "adapt_seconds": 4.0,
+                    "cases": cases,
+                }
+            )
+    return summarise([each for each in results if (each["arm"], each["shots"]) != ("bad <i>", 1)], ["a", "b"])
+
+
+def table_texts(page: Path, title: str) -> list[list[str]]:
+    table = next(each for each in data_of(page)["tables"] if each["title"].startswith(title))
+    return [table["columns"], *([cell["text"] for cell in row] for row in table["rows"])]
 
 
 def at_same_place(page_image: nib.Nifti1Image, source: np.ndarray, affine: np.ndarray = AFFINE) -> np.ndarray:
@@ -284,8 +337,9 @@ def test_progress_counts_the_cases(tmp_path, sources):
 
 
 def test_settings_are_flat_text_and_versions_stand_beside_them(page_path, tmp_path):
-    page = written(tmp_path, settings={"a": {"b": {"c": (1, 2)}, "d": None}, "e": Path("x")})
-    assert data_of(page)["settings"] == {"a.b.c": "1, 2", "a.d": "None", "e": "x"}
+    settings = {"a": {"b": {"c": (1, 0.1 + 0.2)}, "d": None}, "e": Path("x"), "rows": [{"f": 1}], "g": 1 / 3}
+    page = written(tmp_path, settings=settings)
+    assert data_of(page)["settings"] == {"a.b.c": "1, 0.3", "a.d": "None", "e": "x", "g": "0.333333"}
     assert {"medmeta", "torch", "Python"} < data_of(page)["versions"].keys()
 
 
@@ -372,23 +426,31 @@ def browser() -> Iterator[object]:
         running.close()
 
 
-@pytest.fixture
-def browsed(browser, page_path) -> Iterator[Browsed]:
-    """The page, opened from disk with its worst case; in the end it has complained of nothing and asked for nothing."""
+@contextmanager
+def browsing(browser, page_path: Path) -> Iterator[Browsed]:
+    """A page, opened from disk; in the end it has complained of nothing and asked for nothing."""
     page = browser.new_page(viewport={"width": 1000, "height": 600}, color_scheme="light")
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(120_000)
     seen = Browsed(page)
     page.on("console", lambda message: seen.console.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: seen.console.append(f"error: {error}"))
     page.on("dialog", lambda dialog: (seen.console.append(f"dialog: {dialog.message}"), dialog.dismiss()))
     page.on("request", lambda request: seen.requests.append(request.url))
     page.goto(page_path.as_uri())
-    page.locator("#place", has_text="mm").wait_for()
+    page.locator("#facts dd").first.wait_for()
     yield seen
     page.close()
     assert seen.console == []
     beyond = [url for url in seen.requests if not url.startswith((page_path.parent.as_uri(), "data:", "blob:"))]
     assert beyond == []
+
+
+@pytest.fixture
+def browsed(browser, page_path) -> Iterator[Browsed]:
+    """The page above, once its worst case is open."""
+    with browsing(browser, page_path) as seen:
+        seen.page.locator("#place", has_text="mm").wait_for()
+        yield seen
 
 
 def test_the_page_opens_the_worst_case_at_its_worst_organ_and_loads_no_other(browsed):
@@ -545,6 +607,114 @@ def test_the_page_follows_the_wish_for_light_or_dark(browsed):
     assert ground() > 600
     browsed.page.locator("#theme").click()
     assert ground() < 150
+
+
+def test_the_page_of_an_adaptation_shows_scans_scores_forecast_and_loss(browser, adaptation, tmp_path):
+    segmenter, task, told = adaptation
+    card = segmenter.card
+    with browsing(browser, write_adaptation(tmp_path, segmenter, task, losses=told)) as seen:
+        seen.page.locator("#place", has_text="mm").wait_for()
+        assert seen.text("#title") == "Adapted to first, second from 3 scans"
+        assert f"{card['forecast']['dice']:.2f} (" in seen.text("#summary")
+        assert "adapted without it" in seen.text("#note")
+        left_out = {
+            row["case"]: (row["first"]["dice"] + row["second"]["dice"]) / 2 for row in card["left_out"]["cases"]
+        }
+        assert dict(zip(seen.column(1), seen.column(2), strict=True)) == {
+            name: f"{dice:.3f}" for name, dice in left_out.items()
+        }
+        for name, dice in card["left_out"]["mean_dice"].items():
+            row = seen.page.locator("#tables tbody tr", has=seen.page.get_by_text(name, exact=True))
+            assert row.locator("td").inner_text() == f"{dice:.3f}"
+        assert (
+            seen.page.locator("#pictures img").evaluate("image => image.decode().then(() => image.naturalWidth)") > 500
+        )
+        # On an oblique grid too the page opens where the organ is.
+        for case in seen.column(1):
+            seen.open(case)
+            assert re.search("reference (first|second)$", seen.text("#place")), case
+
+
+def test_an_adaptation_names_its_settings_and_no_folder(adaptation, tmp_path):
+    segmenter, task, _ = adaptation
+    secret = f"{task.cases[0].images[0].parent}/case9.nii.gz: found nothing"
+    noted = replace(segmenter, card=segmenter.card | {"unlabelled": {"scans": 0, "unusable": [secret]}})
+    page = write_adaptation(tmp_path, noted, task)
+    data = data_of(page)
+    assert data["settings"]["adapted.steps"] == "2"
+    assert data["settings"]["network.name"] == "se_unet_3d"
+    assert data["settings"]["trained on"] == "Task01_Liver"
+    assert not any(name.startswith(("adapted.left_out", "adapted.forecast")) for name in data["settings"])
+    assert "Jane Doe" not in (page.parent / "data.js").read_text()
+    assert data["pictures"] == []
+    assert data["cases"][0]["window"] == list(segmenter.preprocess.window)
+
+
+def test_the_forecast_table_counts_further_scans(adaptation, tmp_path):
+    segmenter, task, _ = adaptation
+    rows = table_texts(write_adaptation(tmp_path, segmenter, task), "Forecast")
+    assert [row[0] for row in rows[1:]] == ["3", "4 (1 more)", "5 (2 more)", "8 (5 more)"]
+    assert [row[1] for row in rows[2:]] == [f"{each[0]:.2f}" for each in segmenter.card["forecast"]["more"].values()]
+
+
+def test_what_was_not_left_out_has_no_scores(adaptation, tmp_path):
+    segmenter, task, _ = adaptation
+    card = {name: value for name, value in segmenter.card.items() if name not in ("left_out", "forecast")}
+    two = task.of_patients(task.patients[:2])
+    data = data_of(write_adaptation(tmp_path, replace(segmenter, card=card), two))
+    assert [case["scores"] for case in data["cases"]] == [{}, {}]
+    assert data["tables"] == []
+    assert data["note"].startswith("From 3 labelled scans on")
+
+
+def test_only_the_loss_of_the_model_that_is_kept_is_drawn(adaptation, tmp_path, monkeypatch):
+    segmenter, task, told = adaptation
+    drawn = []
+    monkeypatch.setattr(review, "learning_curves", lambda history, path: (drawn.extend(history), path.touch()))
+    write_adaptation(tmp_path, segmenter, task, losses=told)
+    assert len(told) == 14
+    assert [(row["step"], row["loss"]) for row in drawn] == [(1, told[-2][2]), (2, told[-1][2])]
+
+
+def test_the_page_of_a_benchmark_compares_the_arms(browser, sources, tmp_path):
+    picture = tmp_path / "curve.png"
+    imsave(picture, np.zeros((4, 4, 3)), format="png")
+    costs = {"good": {"meta_seconds": 60.2, "time_ratio": 3.04, "peak_bytes": 5 * 2**20}}
+    task = Task("organs", "organs", "CT", {"a": (1,), "b": (2,)}, ())
+    page = write_comparison(
+        tmp_path, arm_rows(), task, baseline="transfer", costs=costs, pictures={"curve": picture}, settings={"seed": 3}
+    )
+    dice = table_texts(page, "Dice")
+    assert dice[0] == ["Arm", "1 scan, 30 steps", "5 scans, 30 steps"]
+    assert [row[0] for row in dice[1:]] == ["transfer", "good", "bad <i>"]
+    assert dice[1][1] == "0.515 (0.51 to 0.52)"
+    assert [row[2][-2:] for row in dice[1:]] == ["6)", " +", " -"]
+    assert dice[3][1] == "", "an arm that was not put through it"
+    assert table_texts(page, "Dice of each structure from 5 scans")[0] == ["Arm", "a", "b"]
+    assert table_texts(page, "Cost")[1:] == [
+        ["transfer", "", "", "", "4.0"], ["good", "60", "3.0", "5", "4.0"], ["bad <i>", "", "", "", "4.0"]
+    ]  # fmt: skip
+    with browsing(browser, page) as seen:
+        assert not seen.page.locator("#review").is_visible()
+        assert "0.76 (good)" in seen.text("#summary")
+        assert seen.page.locator("#tables section").count() == 4
+        assert seen.page.locator("#tables section").first.locator("strong").all_inner_texts() == [
+            dice[2][1],
+            dice[2][2],
+        ]
+        assert "bad <i>" in seen.text("#tables")
+        assert "seed" in seen.text("#facts")
+    with pytest.raises(ValueError, match="no rows"):
+        write_comparison(tmp_path, [], task, baseline="transfer")
+
+
+def test_tables_are_text_with_bars_where_there_is_a_figure(browser, tmp_path):
+    table = PageTable(HOSTILE, ["name", HOSTILE], [[HOSTILE, Cell("0.5", 0.5)], ["none", Cell("-", math.nan)]], HOSTILE)
+    with browsing(browser, written(tmp_path, tables=[table], note=HOSTILE)) as seen:
+        assert seen.page.locator("#tables .bar-cell").all_inner_texts() == ["0.5"]
+        assert seen.text("#tables").count(HOSTILE) == 4
+        assert seen.text("#note") == HOSTILE
+        assert seen.page.title() == "a title"
 
 
 def test_cases_of_a_batch_prediction(tmp_path):

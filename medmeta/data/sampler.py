@@ -50,19 +50,46 @@ def draw_patch(
     return torch.from_numpy(image), torch.from_numpy(mask)
 
 
+def draw_contrast(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Give each channel of an image (C, *S) another contrast, as another sequence or disease would.
+
+    Intensities go through a random piecewise linear map of their range onto itself, with 3 to 6 nodes and not
+    necessarily rising: what was brighter can become darker. A random global intensity map, as in Zhou 2019 ("Models
+    Genesis", section 2.1) and Ouyang 2022 ("Causality-inspired single-source domain generalization", section III-B).
+    """
+    made = []
+    for channel in image:
+        low, high = float(channel.min()), float(channel.max())
+        nodes = int(rng.integers(3, 7))
+        values = np.interp(channel.numpy(), np.linspace(low, high, nodes), rng.uniform(low, high, nodes))
+        made.append(torch.from_numpy(values.astype(np.float32)))
+    return torch.stack(made)
+
+
 class Augment:
     """Paired augmentation of few scans: the patient's pose for image and mask, the scanner's moods for the image alone.
 
-    Rotation to 15 degrees, scale 0.85 to 1.15 and shear; noise, blur, low resolution, gamma, brightness, contrast and,
-    for MR, a bias field. No mirroring: left and right organs stay what they are.
+    Rotation to 15 degrees, scale 0.85 to 1.15 and shear; noise, blur, low resolution, gamma, gain and offset to 0.25
+    and, for MR, a bias field. No mirroring: left and right organs stay what they are.
 
     Args:
         patch: patch shape in voxels.
         spacing: voxel size in mm, so that a rotation in mm stays one where slices are thick.
         modality: "CT" or "MR".
+        strength: factor on rotation, scale and, for MR, gain and offset.
+        recontrast: share of patches whose contrast becomes another, see `draw_contrast`; none for CT, where HU mean
+            the same in every scan.
     """
 
-    def __init__(self, patch: Sequence[int], spacing: Sequence[float], modality: str) -> None:
+    def __init__(
+        self,
+        patch: Sequence[int],
+        spacing: Sequence[float],
+        modality: str,
+        *,
+        strength: float = 1.0,
+        recontrast: float = 0.0,
+    ) -> None:
         from monai.transforms import (
             Compose,
             RandAdjustContrastd,
@@ -77,15 +104,16 @@ class Augment:
 
         # Thick slices turn only within their plane: elsewhere a rotation in voxels would shear the organ.
         thick = max(spacing) > 1.5 * min(spacing)
-        angle = float(np.deg2rad(15))
+        angle = float(np.deg2rad(15 * strength))
         angles = [angle if not thick or axis == int(np.argmax(spacing)) else 0.0 for axis in range(3)]
+        gain = 0.25 * (strength if modality != "CT" else 1.0)
         keys = ["image", "mask"]
         steps = [
             RandAffined(
                 keys,
                 prob=0.8,
                 rotate_range=angles,
-                scale_range=[0.15] * 3,
+                scale_range=[0.15 * strength] * 3,
                 shear_range=[0.05] * 6 if not thick else None,
                 mode=("bilinear", "nearest"),
                 padding_mode=("border", "zeros"),
@@ -95,12 +123,13 @@ class Augment:
             RandGaussianSmoothd("image", prob=0.15, sigma_x=(0.4, 1.0), sigma_y=(0.4, 1.0), sigma_z=(0.4, 1.0)),
             RandSimulateLowResolutiond("image", prob=0.15, zoom_range=(0.5, 1.0)),
             RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
-            RandScaleIntensityd("image", factors=0.25, prob=0.5),
-            RandShiftIntensityd("image", offsets=0.25, prob=0.5),
+            RandScaleIntensityd("image", factors=gain, prob=0.5),
+            RandShiftIntensityd("image", offsets=gain, prob=0.5),
         ]
         if modality != "CT":
             steps.append(RandBiasFieldd("image", prob=0.3, degree=3, coeff_range=(0.0, 0.2)))
         self._compose = Compose(steps)
+        self._recontrast = recontrast if modality != "CT" else 0.0
 
     def __call__(self, image: Tensor, mask: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Image (C, *S) and mask (*S), augmented alike."""
@@ -108,6 +137,8 @@ class Augment:
         # Shifted by one, so that what comes in from outside the patch (0) is ignored, not background.
         made = self._compose({"image": image, "mask": (mask + 1).float().unsqueeze(0)})
         image, mask = (torch.as_tensor(made[key]).as_subclass(Tensor) for key in ("image", "mask"))
+        if self._recontrast and rng.random() < self._recontrast:
+            image = draw_contrast(image, rng)
         return image.float().contiguous(), mask[0].round().long() - 1
 
 

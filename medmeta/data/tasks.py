@@ -20,6 +20,7 @@ from medmeta.data.manifests import Manifest, Modality, Targets, as_targets, load
 from medmeta.data.volume import read_header
 from medmeta.episode import IGNORED
 from medmeta.errors import InputError
+from medmeta.representation import task_html, task_line
 
 _UNNAMED = IGNORED - 1
 
@@ -83,6 +84,12 @@ class Task:
         if not self.channels:
             raise InputError(where, "no channels", "the name of each image channel")
         refuse_repeats((case.id for case in self.cases), where)
+
+    def __repr__(self) -> str:
+        return f"Task({task_line(self)})"
+
+    def _repr_html_(self) -> str:
+        return task_html(self)
 
     @cached_property
     def atoms(self) -> tuple[tuple[int, ...], ...]:

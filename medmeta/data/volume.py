@@ -24,6 +24,7 @@ from torch import Tensor
 from medmeta.data import itk, nifti
 from medmeta.data.stored import UNREADABLE, Stored, by, reason
 from medmeta.errors import InputError
+from medmeta.representation import volume_html, volume_line
 
 VOXEL_LIMIT_BYTES = 8 * 2**30
 """Largest scan that is read, in bytes as float32 or as it is stored, whichever is more. Every reader asks
@@ -79,6 +80,12 @@ class Volume:
     def orientation(self) -> str:
         """The direction in which each voxel axis mostly runs, such as "RAS" or "LPI"."""
         return _orientation(self.affine)
+
+    def __repr__(self) -> str:
+        return f"Volume({volume_line(self)})"
+
+    def _repr_html_(self) -> str:
+        return volume_html(self)
 
 
 @dataclass(frozen=True, eq=False)

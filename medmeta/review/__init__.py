@@ -1,7 +1,10 @@
 """The review page: cases, worst first, beside an interactive viewer; a folder that opens from disk without network.
 
+`write_review` writes any such page; `write_adaptation` the one of a model that was adapted to a few scans, and
+`write_comparison` the one of a benchmark, which has tables and curves in place of scans.
+
     report/index.html   the page; review.css and review.js beside it
-    report/data.js      names, scores, settings
+    report/data.js      names, scores, tables, settings
     report/niivue.js    the viewer: NiiVue, out of the package ipyniivue
     report/volumes/     one file for each case and role, read when the case is opened
     report/pictures/
@@ -19,12 +22,14 @@ import json
 import platform
 import re
 import shutil
+import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import distribution, version
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 import nibabel as nib
@@ -36,11 +41,14 @@ from medmeta.data.stored import by
 from medmeta.data.volume import Volume, grid_difference, read_labels, read_volume
 from medmeta.errors import InputError
 from medmeta.files import replacing
-from medmeta.report import COLOURS, stretch
+from medmeta.report import describe_adaptation, learning_curves
+from medmeta.representation import COLOURS, stretch
 
 if TYPE_CHECKING:
+    from medmeta.data.tasks import Task
     from medmeta.evaluate import Evaluation
     from medmeta.prediction import Prediction
+    from medmeta.segmenter import Segmenter
 
 VOXEL_LIMIT = 2**24
 """Larger volumes are shown on every second, third, ... voxel: 512 x 512 x 64 voxels, about 30 MiB in base64."""
@@ -76,6 +84,37 @@ class ReviewCase:
     quality: float | None = None
     flags: Sequence[str] = ()
     window: tuple[float, float] | None = None
+
+
+class Cell(NamedTuple):
+    """A figure in a table of the page.
+
+    Args:
+        text: as shown.
+        part: 0 to 1, drawn as a bar below it; None for no bar.
+        best: shown in bold.
+    """
+
+    text: str
+    part: float | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A table below the scans.
+
+    Args:
+        title: the heading.
+        columns: headings of the columns.
+        rows: as many cells each; the first is the name of the row.
+        note: how to read it, a sentence or two.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
+    note: str = ""
 
 
 def predicted_cases(results: Iterable[Prediction]) -> list[ReviewCase]:
@@ -121,6 +160,8 @@ def write_review(
     targets: Mapping[str, Sequence[int]],
     title: str,
     summary: Mapping[str, str] | None = None,
+    note: str = "",
+    tables: Sequence[PageTable] = (),
     pictures: Mapping[str, str | Path] | None = None,
     settings: Mapping[str, Any] | None = None,
     voxel_limit: int = VOXEL_LIMIT,
@@ -137,8 +178,11 @@ def write_review(
             shown; a value of several structures has the colour of the first that is shown.
         title: the heading.
         summary: what to see first, name -> figure.
+        note: what the figures of the cases mean, a sentence or two.
+        tables: shown below the cases.
         pictures: caption -> picture file, such as curves; copied.
-        settings: names -> values, nested as they come; shown beside the versions of the libraries.
+        settings: names -> values, nested as they come; shown beside the versions of the libraries. A list of mappings
+            is a table and no setting: it is left out.
         voxel_limit: larger volumes are written on a coarser grid, and the page says so.
         progress: called as progress(done, total) after each case.
 
@@ -167,8 +211,10 @@ def write_review(
         data = {
             "title": title,
             "summary": {name: str(figure) for name, figure in (summary or {}).items()},
+            "note": note,
             "structures": _structures(targets),
             "cases": shown,
+            "tables": [_written_table(table) for table in tables],
             "pictures": copied,
             "settings": dict(_flat(settings or {})),
             "versions": {"Python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
@@ -183,6 +229,255 @@ def write_review(
         found = error.strerror or str(error)
         raise InputError(error.filename or report, found, "a folder with free space that can be written to") from error
     return report / "index.html"
+
+
+def write_adaptation(
+    folder: str | Path,
+    segmenter: Segmenter,
+    task: Task,
+    *,
+    losses: Sequence[tuple[int, int, float]] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes the page of an adaptation: the labelled scans, what was tried on them, the forecast, the loss.
+
+    Where the way to adapt was chosen by leaving scans out, each scan has the scores of a model that never saw it.
+
+    Args:
+        folder: as of `write_review`. The page holds the scans: not the folder of a model that is to be passed on.
+        segmenter: what `adapt_to` made.
+        task: what it was given.
+        losses: (step, steps, loss) as `adapt_to` told its progress; those of the final adaptation are drawn.
+        progress: as of `write_review`.
+
+    Returns:
+        the page.
+
+    Raises:
+        InputError: as of `write_review`.
+    """
+    card, cases = segmenter.card, task.labelled.cases
+    left_out = card.get("left_out", {"cases": [], "mean_dice": {}})
+    scores = {row["case"]: {name: row[name] for name in segmenter.targets} for row in left_out["cases"]}
+    summary = {"Labelled scans": str(len(cases)), "Adapted by": card["method"]}
+    note = "From 3 labelled scans on, each is scored by a model that never saw it, and the Dice on others is forecast."
+    tables = []
+    if scores:
+        forecast = card["forecast"]
+        low, high = forecast["scan_interval"]
+        summary |= {
+            "Dice expected on unseen scans": _with_interval(forecast["dice"], *forecast["mean_interval"], digits=2),
+            "90 % of single scans": f"{low:.2f} to {high:.2f}",
+        }
+        note = "The scores of a scan are those of a model that was adapted without it."
+        tables = [_tried_table(left_out["mean_dice"]), _forecast_table(forecast, len(cases))]
+    # Tables of their own, and what may name folders or files of patients.
+    apart = ("left_out", "forecast", "unlabelled", "task")
+    settings = {
+        "adapted": {name: value for name, value in card.items() if name not in apart},
+        "working grid": segmenter.preprocess.to_dict(),
+        "patch": segmenter.patch,
+        "network": segmenter.model.learner.net.spec,
+        "learner": segmenter.model.learner.name,
+        "trained on": [each["name"] for each in segmenter.model.card.get("training_tasks", [])],
+    }
+    shown = [
+        ReviewCase(
+            case.id, case.images[0], case.labels, None, scores.get(case.id, {}), window=segmenter.preprocess.window
+        )
+        for case in cases
+    ]
+    with tempfile.TemporaryDirectory() as temporary:
+        return write_review(
+            folder,
+            shown,
+            targets=segmenter.targets,
+            title=f"Adapted to {', '.join(segmenter.targets)} from {_scans(len(cases))}",
+            summary=summary,
+            note=note,
+            tables=tables,
+            pictures=_loss_curve(losses, card, Path(temporary) / "loss.png"),
+            settings=settings,
+            progress=progress,
+        )
+
+
+def _loss_curve(losses: Sequence[tuple[int, int, float]], card: Mapping[str, Any], path: Path) -> dict[str, Path]:
+    """Caption -> picture; none where nothing was told."""
+    # The steps of all models that were trained count on; the last one is kept.
+    before = losses[-1][1] - card["steps"] if losses else 0
+    final = [(step - before, loss) for step, _, loss in losses if step > before]
+    if not final:
+        return {}
+    learning_curves([{"phase": card["method"], "step": step, "loss": loss} for step, loss in final], path)
+    return {"Loss of the final adaptation": path}
+
+
+def _tried_table(means: Mapping[str, float]) -> PageTable:
+    best = max(means.values())
+    rows = [(name, Cell(f"{dice:.3f}", dice, dice == best)) for name, dice in means.items()]
+    note = "Mean over structures and scans, each scan left out of the adaptation in turn. The best decides."
+    return PageTable("Ways to adapt, on scans left out", ("Way", "Dice"), rows, note)
+
+
+def _forecast_table(forecast: Mapping[str, Any], scans: int) -> PageTable:
+    expected = {0: (forecast["dice"], *forecast["mean_interval"])}
+    expected |= {int(more): values for more, values in forecast["more"].items()}
+    rows = [
+        (f"{scans + more}" + (f" ({more} more)" if more else ""), Cell(f"{dice:.2f}", dice), f"{low:.2f} to {high:.2f}")
+        for more, (dice, low, high) in expected.items()
+    ]
+    note = "Mean Dice to expect on unseen scans like these, with its 90 % interval."
+    return PageTable("Forecast", ("Labelled scans", "Dice", "90 % interval"), rows, note)
+
+
+def write_comparison(
+    folder: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    task: Task,
+    *,
+    baseline: str,
+    costs: Mapping[str, Mapping[str, float]] | None = None,
+    pictures: Mapping[str, str | Path] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes the page of a benchmark: Dice and surface Dice of every arm, structure by structure, and what it cost.
+
+    Args:
+        folder: as of `write_review`.
+        rows: of `benchmark.summarise`; arms are shown in their order.
+        task: the held-out task.
+        baseline: the arm that the others were tested against.
+        costs: arm -> meta_seconds, time_ratio and peak_bytes, as in the `result.json` of a benchmark.
+        pictures: as of `write_review`.
+        settings: as of `write_review`.
+
+    Returns:
+        the page.
+
+    Raises:
+        InputError: as of `write_review`.
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError("no rows; required: at least one arm that was scored")
+    summary = {"Organ that no arm saw": task.name}
+    for shots in sorted({row["shots"] for row in rows}):
+        best = max((row for row in rows if row["shots"] == shots), key=lambda row: row["dice"])
+        summary[f"Best Dice from {_scans(shots)}"] = f"{best['dice']:.2f} ({best['arm']})"
+    tests = f"+ and - mark a Dice that differs from that of {baseline} (p < 0.05, Wilcoxon's test, corrected by Holm)."
+    tables = [
+        _arms_table("Dice", rows, "dice", "interval", f"Mean, with its 95 % interval. {tests}", baseline),
+        _arms_table("Surface Dice", rows, "surface_dice", "surface_interval", "Mean, with its 95 % interval."),
+        *_structure_tables(rows),
+        _cost_table(rows, costs or {}),
+    ]
+    return write_review(
+        folder,
+        (),
+        targets=task.targets,
+        title=f"Benchmark on {task.name}",
+        summary=summary,
+        tables=tables,
+        pictures=pictures,
+        settings=settings,
+    )
+
+
+_Column = tuple[int, str, int]
+"""Number of scans, method, steps."""
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[_Column, dict[str, Mapping[str, Any]]]:
+    """The rows of each number of scans and way to adapt, by arm; the learners' own rule comes first."""
+    columns: dict[_Column, dict[str, Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (row["shots"], row["method"] != "inner", row["method"], row["steps"])):
+        columns.setdefault((row["shots"], row["method"], row["steps"]), {})[row["arm"]] = row
+    return columns
+
+
+def _arms_table(
+    title: str, rows: Sequence[Mapping[str, Any]], key: str, interval: str, note: str, baseline: str = ""
+) -> PageTable:
+    """Arms down, numbers of scans and ways to adapt across; marked where the test against the baseline says so."""
+    columns = _columns(rows)
+
+    def cell(arm: str, column: Mapping[str, Mapping[str, Any]]) -> str | Cell:
+        if arm not in column:
+            return ""
+        row, mark = column[arm], ""
+        if baseline in column and row["p"] is not None and row["p"] < 0.05:
+            mark = " +" if row[key] > column[baseline][key] else " -"
+        best = row[key] == max(each[key] for each in column.values())
+        return Cell(_with_interval(row[key], *row[interval]) + mark, row[key], best)
+
+    lines = [[arm, *(cell(arm, column) for column in columns.values())] for arm in _arms(rows)]
+    names = [f"{_scans(shots)}, {describe_adaptation(*way)}" for shots, *way in columns]
+    return PageTable(title, ["Arm", *names], lines, note)
+
+
+def _structure_tables(rows: Sequence[Mapping[str, Any]]) -> list[PageTable]:
+    """One for each way to adapt, from the most scans; none where there is one structure."""
+    most, structures = max(row["shots"] for row in rows), list(rows[0]["by_target"])
+    return [
+        PageTable(
+            f"Dice of each structure from {_scans(most)}, {describe_adaptation(method, steps)}",
+            ["Arm", *structures],
+            [
+                [arm, *(Cell(f"{row['by_target'][name]:.3f}", row["by_target"][name]) for name in structures)]
+                for arm, row in column.items()
+            ],
+        )
+        for (shots, method, steps), column in _columns(rows).items()
+        if shots == most and len(structures) > 1
+    ]
+
+
+def _cost_table(rows: Sequence[Mapping[str, Any]], costs: Mapping[str, Mapping[str, float]]) -> PageTable:
+    ways = list(dict.fromkeys((row["method"], row["steps"]) for row in rows))
+
+    def line(arm: str) -> list[str]:
+        cost = costs.get(arm)
+        seconds = [
+            [row["adapt_seconds"] for row in rows if (row["arm"], row["method"], row["steps"]) == (arm, *way)]
+            for way in ways
+        ]
+        return [
+            arm,
+            *(
+                (f"{cost['meta_seconds']:.0f}", f"{cost['time_ratio']:.1f}", f"{cost['peak_bytes'] / 2**20:.0f}")
+                if cost
+                else ("", "", "")
+            ),
+            *(f"{statistics.fmean(each):.1f}" if each else "" for each in seconds),
+        ]
+
+    columns = ["Arm", "Meta-training s", "One meta-step, x plain pass", "Its peak memory MiB"]
+    columns += [f"Adaptation s, {describe_adaptation(*way)}" for way in ways]
+    return PageTable("Cost", columns, [line(arm) for arm in _arms(rows)])
+
+
+def _arms(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["arm"] for row in rows))
+
+
+def _scans(count: int) -> str:
+    return f"{count} scan{'s' * (count != 1)}"
+
+
+def _with_interval(value: float, low: float, high: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f} ({low:.2f} to {high:.2f})"
+
+
+def _written_table(table: PageTable) -> dict[str, Any]:
+    """As the page reads it; every cell becomes text, a bar and a weight."""
+    rows = [[Cell(cell) if isinstance(cell, str) else cell for cell in row] for row in table.rows]
+    return {
+        "title": table.title,
+        "note": table.note,
+        "columns": list(table.columns),
+        "rows": [[cell._asdict() for cell in row] for row in rows],
+    }
 
 
 def _clear(report: Path) -> None:
@@ -237,7 +532,13 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            several = isinstance(value, list | tuple)
+            if not (several and any(isinstance(each, Mapping) for each in value)):
+                yield f"{prefix}{name}", ", ".join(map(_shown, value)) if several else _shown(value)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _write_case(

@@ -59,6 +59,30 @@
     target.replaceChildren(...pairs.map(item));
   }
 
+  /** A figure with a bar below it. */
+  function bar(cell, part) {
+    if (!Number.isFinite(part)) return;
+    cell.classList.add("bar-cell");
+    cell.style.setProperty("--part", part);
+  }
+
+  /** A table of figures; its first column names the rows. */
+  function table({ title, note, columns, rows }) {
+    const heading = (text, k) => element("th", { scope: "col", className: k ? "number" : "" }, text);
+    const figure = ({ text, part, best }, k) => {
+      const made = k ? element("td", { className: "number" }) : element("th", { scope: "row" });
+      made.append(best ? element("strong", {}, text) : text);
+      bar(made, part);
+      return made;
+    };
+    const head = element("thead", {}, element("tr", {}, ...columns.map(heading)));
+    const body = element("tbody", {}, ...rows.map((cells) => element("tr", {}, ...cells.map(figure))));
+    const made = element("section", {}, element("h2", {}, title));
+    made.append(element("div", { className: "wide", tabIndex: 0 }, element("table", {}, head, body)));
+    if (note) made.append(element("p", { className: "quiet" }, note));
+    return made;
+  }
+
   // The table of cases.
 
   function figure(one, key) {
@@ -126,10 +150,7 @@
       } else {
         const value = figure(one, column.key);
         cell.textContent = number(value, column.digits);
-        if (column.bar && Number.isFinite(value)) {
-          cell.classList.add("bar-cell");
-          cell.style.setProperty("--part", value);
-        }
+        if (column.bar) bar(cell, value);
       }
       made.append(cell);
     }
@@ -354,7 +375,7 @@
     const worst = present.reduce((a, b) => (a && !(dice(b) < dice(a)) ? a : b), null);
     const wanted = state.structure < 0 ? worst : structures[state.structure];
     const centre = wanted && one.centres[wanted.name];
-    if (centre) viewer.nv.scene.crosshairPos = viewer.nv.mm2frac(centre);
+    if (centre) viewer.nv.scene.crosshairPos = viewer.nv.mm2frac(centre, 0, true);
     viewer.nv.drawScene();
     viewer.nv.createOnLocationChange();
   }
@@ -507,6 +528,10 @@
       document.querySelector(".pictures").append(element("figure", {}, image, element("figcaption", {}, caption)));
     }
     byId("pictures").hidden = !data.pictures.length;
+    byId("note").textContent = data.note;
+    byId("note").hidden = !data.note;
+    byId("tables").append(...data.tables.map(table));
+    byId("tables").hidden = !data.tables.length;
     if (!cases.length) return;
 
     byId("review").hidden = false;

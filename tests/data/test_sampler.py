@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medmeta.data.preprocess import Preprocess
-from medmeta.data.sampler import FOREGROUND, Augment, EpisodeSampler, draw_patch
+from medmeta.data.sampler import FOREGROUND, Augment, EpisodeSampler, draw_contrast, draw_patch
 from medmeta.data.store import StoredCase, StoredTask, find_places, fit_preprocess, prepare
 from medmeta.data.tasks import load_task
 from medmeta.episode import IGNORED, Episode
@@ -322,3 +322,39 @@ def test_real_sets(shared_data, folder, pattern, channels):
         organ += int((episode.support.mask > 0).any())
     assert organ >= 3
     assert equal(sampler[2], EpisodeSampler(sampler.tasks, shots=1, queries=1)[2])
+
+
+def test_another_contrast_is_a_map_of_intensities_of_each_channel():
+    image = torch.from_numpy(np.random.default_rng(0).integers(-5, 6, (2, 6, 7, 8)).astype(np.float32))
+    falling = 0
+    for seed in range(20):
+        made = draw_contrast(image, np.random.default_rng(seed))
+        assert (made.shape, made.dtype) == (image.shape, torch.float32)
+        maps = []
+        for before, after in zip(image, made, strict=True):
+            assert after.min() >= before.min()
+            assert after.max() <= before.max()
+            values = [after[before == value].unique() for value in range(-5, 6)]
+            assert all(len(each) == 1 for each in values), "what was equal stays equal"
+            maps.append(torch.cat(values))
+        assert not torch.equal(*maps), "each channel has a map of its own"
+        falling += bool((maps[0].diff() < 0).any())
+    assert falling > 10, "what was brighter can become darker"
+    flat = torch.ones(1, 2, 2, 2)
+    assert torch.equal(draw_contrast(flat, np.random.default_rng(0)), flat)
+
+
+def test_contrast_is_changed_as_often_as_asked_and_never_in_ct():
+    image, mask = torch.randn(1, 16, 16, 16), torch.ones(16, 16, 16, dtype=torch.long)
+    changed = {}
+    for modality, share in (("MR", 0.0), ("MR", 0.4), ("CT", 1.0)):
+        plain = Augment((16, 16, 16), (1.0, 1.0, 1.0), modality)
+        other = Augment((16, 16, 16), (1.0, 1.0, 1.0), modality, recontrast=share)
+        pairs = [
+            (plain(image, mask, np.random.default_rng(n)), other(image, mask, np.random.default_rng(n)))
+            for n in range(60)
+        ]
+        assert all(torch.equal(a[1], b[1]) for a, b in pairs)
+        changed[modality, share] = sum(not torch.equal(a[0], b[0]) for a, b in pairs)
+    assert changed["MR", 0.0] == changed["CT", 1.0] == 0
+    assert 12 <= changed["MR", 0.4] <= 36
