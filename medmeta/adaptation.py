@@ -38,8 +38,11 @@ fine-tuning of a network that was never trained."""
 CANDIDATES = ("finetune", "lora")
 """What "auto" chooses from."""
 
-FOLDS = 5
-"""Models at most that "auto" trains for each candidate; with more patients several are left out together."""
+FOLDS = 3
+"""Models that "auto" trains for each candidate; with more patients several are left out together."""
+
+REHEARSAL = 0.5
+"""Share of the budget that each of these models gets, so that all of it takes four times as long as one adaptation."""
 
 RATES = {"lora": 2.5, "norms": 2.5, "head": 5.0}
 """Peak step sizes relative to that of full fine-tuning: the fewer parameters move, the faster they may."""
@@ -109,9 +112,10 @@ def adapt_to(
         task: 1 to 10 labelled scans, and for self-training unlabelled ones, of which `UNLABELLED` are drawn; those that
             cannot be used are named in the card.
         method: one of `METHODS`, or "auto": the best of `CANDIDATES` by cross-validation over the labelled patients
-            (each left out once, at most `FOLDS` models for each candidate), where there are 3 or more; "finetune" for 1
-            and 2. Where that is "finetune" and there are unlabelled scans, "self_training" takes its place. The card of
-            the segmenter holds the scores and the forecast that follows from them, without unlabelled scans.
+            (each left out once, `FOLDS` models for each candidate, `REHEARSAL` of the steps each), where there are 3 or
+            more; "finetune" for 1 and 2. Where that is "finetune" and there are unlabelled scans, "self_training" takes
+            its place. The card of the segmenter holds the scores and the forecast that follows from them, without
+            unlabelled scans.
         budget: how long each fine-tuning takes; with "auto" the minutes are those of all of them together.
         seed: which patches and augmentations are drawn.
         device: where to adapt.
@@ -132,13 +136,15 @@ def adapt_to(
     started = time.monotonic()
     folds = _folds(task.labelled.patients, seed) if method == "auto" else []
     candidates = CANDIDATES if folds else ()
-    runs = len(candidates) * len(folds) + 1
-    each = budget if budget.minutes is None else replace(budget, minutes=budget.minutes / runs)
-    told = 0
+    rehearsals = len(candidates) * len(folds)
+    minutes = None if budget.minutes is None else budget.minutes / (1 + REHEARSAL * rehearsals)
+    full = replace(budget, minutes=minutes)
+    part = replace(full, steps=round(REHEARSAL * full.steps), minutes=minutes and REHEARSAL * minutes)
+    total, told = rehearsals * part.steps + full.steps, 0
 
-    def tell(step: int, steps: int, loss: float) -> None:
+    def tell(step: int, _steps: int, loss: float) -> None:
         if progress:
-            progress(told * steps + step, runs * steps, loss)
+            progress(told + step, total, loss)
 
     scores: dict[str, list[dict[str, Any]]] = {}
     for candidate in candidates:
@@ -146,10 +152,10 @@ def adapt_to(
         for left_out in folds:
             others = task.labelled.of_patients([name for name in task.labelled.patients if name not in left_out])
             kept = {case.id for case in others.cases}
-            part = replace(support, cases=tuple(case for case in support.cases if case.id in kept))
-            state = adapt_prepared(model.learner, part, candidate, each, seed, device, precision, tell)
-            told += 1
-            segmenter = make_segmenter(model, others, part, state, {})
+            rest = replace(support, cases=tuple(case for case in support.cases if case.id in kept))
+            state = adapt_prepared(model.learner, rest, candidate, part, seed, device, precision, tell)
+            told += part.steps
+            segmenter = make_segmenter(model, others, rest, state, {})
             for case in task.labelled.of_patients(left_out).cases:
                 scores[candidate].append(score_case(segmenter, task, case, 2.0, device=device, precision=precision))
     dices = {
@@ -166,8 +172,8 @@ def adapt_to(
         elif method != "auto":
             found = f"no unlabelled scan that can be used ({'; '.join(notes) or 'none given'})"
             raise InputError(f"task {task.name}", found, "one or more for self-training", "Use method finetune.")
-    state = adapt_prepared(model.learner, support, chosen, each, seed, device, precision, tell)
-    card: dict[str, Any] = {"method": chosen, "seed": seed, **({} if chosen == "inner" else asdict(each))}
+    state = adapt_prepared(model.learner, support, chosen, full, seed, device, precision, tell)
+    card: dict[str, Any] = {"method": chosen, "seed": seed, **({} if chosen == "inner" else asdict(full))}
     card["seconds"] = round(time.monotonic() - started, 1)
     if support.unlabelled or notes:
         card["unlabelled"] = {"scans": len(support.unlabelled), "unusable": notes}
