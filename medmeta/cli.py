@@ -5,6 +5,7 @@ Exit codes: 0 all well; 1 done, with problems listed; 2 the call is unusable, no
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -533,7 +534,8 @@ def evaluation_table(evaluation: Evaluation) -> Table:
         figures = (entry[key]["mean"] for key in ("dice", "surface_dice", "hd95_mm"))
         dice, surface, hd95 = (f"{value:.{digits}f}" for value, digits in zip(figures, (3, 3, 1), strict=True))
         cases, missed, invented = (str(entry[key]) for key in ("n", "missed", "invented"))
-        table.add_row(escape(name), cases, dice, f"{low:.2f} to {high:.2f}", surface, hd95, missed, invented)
+        interval = "" if math.isnan(low) else f"{low:.2f} to {high:.2f}"
+        table.add_row(escape(name), cases, dice, interval, surface, hd95, missed, invented)
     return table
 
 
