@@ -672,7 +672,7 @@ def test_only_the_loss_of_the_model_that_is_kept_is_drawn(adaptation, tmp_path, 
     drawn = []
     monkeypatch.setattr(review, "learning_curves", lambda history, path: (drawn.extend(history), path.touch()))
     write_adaptation(tmp_path, segmenter, task, losses=told)
-    assert len(told) == 14
+    assert len(told) > 2
     assert [(row["step"], row["loss"]) for row in drawn] == [(1, told[-2][2]), (2, told[-1][2])]
 
 
