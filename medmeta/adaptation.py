@@ -44,14 +44,21 @@ FOLDS = 3
 REHEARSAL = 0.5
 """Share of the budget that each of these models gets, so that all of it takes four times as long as one adaptation."""
 
-RATES = {"lora": 2.5, "norms": 2.5, "head": 5.0}
+RATES = {"lora": 2.5, "norms": 2.5}
 """Peak step sizes relative to that of full fine-tuning: the fewer parameters move, the faster they may."""
+
+HEAD_RATE = 10.0
+"""The same of the output layer, whose classes all start from one vector and have to part first."""
 
 WARM_UP = 10
 """Steps over which the step size rises, while the moments of the optimiser settle."""
 
 AVERAGE = 0.98
 """Decay of the moving average of the weights, which is what adaptation gives."""
+
+BALANCE = 0.5
+"""How far the loss makes up for rare classes at first (`dice_cross_entropy`), down to nothing at half of the budget: a
+small structure is to be found before its borders count."""
 
 PULL = 0.5
 """Strength with which full fine-tuning is drawn back to its start (L2-SP)."""
@@ -62,6 +69,15 @@ STRENGTH = 2.0
 RECONTRAST = 0.5
 """Share of patches that get another contrast where a single MR scan is labelled; k scans show k contrasts themselves,
 and the share is k times less."""
+
+SEEN = 0.25
+"""Share of a scan that a patch shows where no overview is needed."""
+
+COARSER = 2.0
+"""How much coarser the grid of an overview is."""
+
+OVERVIEW_SHARE, FEW_SHARE = 1 / 3, 1 / 2
+"""Weight of the overview's probabilities; the second with 1 and 2 scans, which teach places before borders."""
 
 UNLABELLED = 12
 """Unlabelled scans that self-training learns from at most."""
@@ -133,6 +149,7 @@ def adapt_to(
     model = as_model(model)
     support = prepare_support(task, model.voxels, stride=model.learner.net.stride)
     _require_targets(task, support)
+    where = {"device": device, "precision": precision}
     started = time.monotonic()
     folds = _folds(task.labelled.patients, seed) if method == "auto" else []
     candidates = CANDIDATES if folds else ()
@@ -151,13 +168,11 @@ def adapt_to(
         scores[candidate] = []
         for left_out in folds:
             others = task.labelled.of_patients([name for name in task.labelled.patients if name not in left_out])
-            kept = {case.id for case in others.cases}
-            rest = replace(support, cases=tuple(case for case in support.cases if case.id in kept))
-            state = adapt_prepared(model.learner, rest, candidate, part, seed, device, precision, tell)
+            rest = support.only({case.id for case in others.cases})
+            segmenter = adapt_support(model, others, rest, candidate, part, seed, progress=tell, **where)
             told += part.steps
-            segmenter = make_segmenter(model, others, rest, state, {})
             for case in task.labelled.of_patients(left_out).cases:
-                scores[candidate].append(score_case(segmenter, task, case, 2.0, device=device, precision=precision))
+                scores[candidate].append(score_case(segmenter, task, case, 2.0, **where))
     dices = {
         name: [mean_score(row[target]["dice"] for target in task.targets) for row in rows]
         for name, rows in scores.items()
@@ -172,7 +187,7 @@ def adapt_to(
         elif method != "auto":
             found = f"no unlabelled scan that can be used ({'; '.join(notes) or 'none given'})"
             raise InputError(f"task {task.name}", found, "one or more for self-training", "Use method finetune.")
-    state = adapt_prepared(model.learner, support, chosen, full, seed, device, precision, tell)
+    segmenter = adapt_support(model, task, support, chosen, full, seed, progress=tell, **where)
     card: dict[str, Any] = {"method": chosen, "seed": seed, **({} if chosen == "inner" else asdict(full))}
     card["seconds"] = round(time.monotonic() - started, 1)
     if support.unlabelled or notes:
@@ -181,7 +196,7 @@ def adapt_to(
         card["left_out"] = {"mean_dice": means, "cases": scores[best]}
         trained_on = round(len(task.labelled.cases) * (1 - 1 / len(folds)))
         card["forecast"] = forecast(dices[best], trained_on, len(task.labelled.cases), seed).to_dict()
-    return make_segmenter(model, task, support, state, card)
+    return replace(segmenter, card=segmenter.card | card)
 
 
 def _folds(patients: Sequence[str], seed: int) -> list[list[str]]:
@@ -275,32 +290,93 @@ def guess_modality(task: Task) -> Literal["CT", "MR"]:
 
 
 def prepare_support(task: Task, voxels: int, *, stride: int = 8, preprocess: Preprocess | None = None) -> StoredTask:
-    """The labelled scans of a task on a working grid fitted to them, in memory."""
-    cases = task.labelled.cases
+    """The labelled scans of a task on a working grid fitted to them, in memory.
+
+    Where a patch is less than `SEEN` of a scan, there is an overview too, on a grid that is `COARSER` times coarser:
+    what tells one structure from another is often where it lies. Its patches have twice the voxels. It needs to show
+    every class that the finer grid shows.
+    """
     preprocess = preprocess or fit_preprocess(task)
-    prepared = tuple(prepare(task, case, preprocess) for case in cases)
-    patch = preprocess.patch(voxels, [case.mask.shape for case in prepared], stride)
-    return StoredTask(task.name, task.classes, patch, prepared, preprocess)
+    support = _prepare_on(task, voxels, stride, preprocess)
+    sizes = [case.mask.size for case in support.cases]
+    if math.prod(support.patch) >= SEEN * float(np.median(sizes)):
+        return support
+    overview = _prepare_on(task, 2 * voxels, stride, preprocess.coarser(COARSER))
+    fine, coarse = ([set(case.places) for case in view.cases] for view in (support, overview))
+    return replace(support, overview=overview) if fine == coarse else support
+
+
+def _prepare_on(task: Task, voxels: int, stride: int, preprocess: Preprocess) -> StoredTask:
+    cases = tuple(prepare(task, case, preprocess) for case in task.labelled.cases)
+    patch = preprocess.patch(voxels, [case.mask.shape for case in cases], stride)
+    return StoredTask(task.name, task.classes, patch, cases, preprocess)
 
 
 def with_unlabelled(support: StoredTask, task: Task, seed: int) -> tuple[StoredTask, list[str]]:
     """The support with `UNLABELLED` scans at most of the task that have no label map, and why others cannot be used."""
     cases = [case for case in task.cases if case.labels is None]
     order = np.random.default_rng([seed, 3]).permutation(len(cases))
-    made: list[StoredCase] = []
+    made: list[tuple[StoredCase, ...]] = []
     notes = []
     for number in order:
         if len(made) == UNLABELLED:
             break
         try:
-            made.append(prepare_unlabelled(task, cases[number], support.preprocess))
+            made.append(tuple(prepare_unlabelled(task, cases[number], view.preprocess) for view in support.views))
         except InputError as error:
             notes.append(str(error))
-    return replace(support, unlabelled=tuple(made)), notes
+    support, *overviews = (
+        replace(view, unlabelled=tuple(case[number] for case in made)) for number, view in enumerate(support.views)
+    )
+    return replace(support, overview=overviews[0] if overviews else None), notes
+
+
+def adapt_support(
+    model: Model,
+    task: Task,
+    support: StoredTask,
+    method: str = "finetune",
+    budget: Budget = Budget(),
+    seed: int = 0,
+    *,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype = torch.float32,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Segmenter:
+    """A segmenter from prepared scans by one method, "auto" not among them. Arguments as of `adapt_to`.
+
+    An overview is learned with half of the steps and minutes, of half as many patches.
+    """
+    if support.overview is None:
+        state = adapt_prepared(model.learner, support, method, budget, seed, device, precision, progress)
+        return make_segmenter(model, task, support, state, {})
+    half = replace(budget, steps=budget.steps // 2, minutes=budget.minutes and budget.minutes / 2)
+    first = replace(half, steps=budget.steps - half.steps)
+
+    def tell_from(done: int) -> Callable[[int, int, float], None] | None:
+        return progress and (lambda step, _steps, loss: progress(done + step, budget.steps, loss))
+
+    fine = replace(support, overview=None)
+    segmenter = adapt_support(
+        model, task, fine, method, first, seed, device=device, precision=precision, progress=tell_from(0)
+    )
+    overview = adapt_support(
+        model,
+        task,
+        support.overview,
+        method,
+        replace(half, patches=max(1, budget.patches // 2)),
+        seed,
+        device=device,
+        precision=precision,
+        progress=tell_from(first.steps),
+    )
+    patients = len({case.patient for case in support.cases})
+    return replace(segmenter, overview=overview, overview_share=FEW_SHARE if patients < 3 else OVERVIEW_SHARE)
 
 
 def make_segmenter(model: Model, task: Task, support: StoredTask, state: State, card: dict[str, object]) -> Segmenter:
-    """A segmenter for `task` from what was learned on its prepared support."""
+    """A segmenter for `task` from what was learned on its prepared support, its overview apart."""
     facts = {"task": task.name, "support_scans": len(support.cases), "support_terms": task.terms, **card}
     values = tuple(min(atom) for atom in task.atoms)
     single = tuple(values[label - 1] for label in one_piece([case.mask for case in support.cases], support.classes))
@@ -319,7 +395,7 @@ def adapt_prepared(
     precision: torch.dtype = torch.float32,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> State:
-    """What `learner` learns from prepared scans by one method, "auto" not among them. Arguments as of `adapt_to`."""
+    """What `learner` learns from prepared scans on one grid. Arguments as of `adapt_support`."""
     learner = learner.to(device).eval()
     if method == "inner":
         examples = _for_network(learner, support_patches(support, seed)).to(device)
@@ -346,16 +422,18 @@ def adapt_prepared(
         support.patch, preprocess.spacing, preprocess.modality, strength=STRENGTH, recontrast=RECONTRAST / patients
     )
     peak = budget.rate * RATES.get(method, 1.0)
-    optimiser = torch.optim.Adam(moved.values(), lr=peak)
+    heads = [tensor for name, tensor in moved.items() if name in net.head_names]
+    others = [tensor for name, tensor in moved.items() if name not in net.head_names]
+    optimiser = torch.optim.Adam([{"params": heads, "peak": budget.rate * HEAD_RATE}, {"params": others, "peak": peak}])
     started = time.monotonic()
     for step in range(budget.steps):
         spent = 0.0 if budget.minutes is None else (time.monotonic() - started) / (60.0 * budget.minutes)
         done = max(step / budget.steps, spent)
         if done >= 1.0:
             break
-        rate = peak * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1.0 + math.cos(math.pi * done))
+        schedule = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1.0 + math.cos(math.pi * done))
         for group in optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = schedule * group["peak"]
         rng = np.random.default_rng([seed, 0, step])
         # Over one step and the next, every scan comes up as often as any other.
         chosen = [support.cases[(step * budget.patches + n) % len(support.cases)] for n in range(budget.patches)]
@@ -364,13 +442,13 @@ def adapt_prepared(
         optimiser.zero_grad()
         with autocast(device, precision):
             logits = net(examples.image, tuning.assemble(moved))
-        loss = dice_cross_entropy(logits, examples.mask)
+        loss = dice_cross_entropy(logits, examples.mask, balance=BALANCE * max(0.0, 1.0 - 2.0 * done))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(moved.values()), 5.0)
         optimiser.step()
         with torch.no_grad():
             for name, anchor in tuning.anchors.items():
-                moved[name].lerp_(anchor, rate * PULL)
+                moved[name].lerp_(anchor, schedule * peak * PULL)
             for name, tensor in average.items():
                 tensor.lerp_(moved[name], 1.0 - min(AVERAGE, (1 + step) / (10 + step)))
         value = float(loss.detach())

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medmeta.adaptation import METHODS, Budget, adapt_prepared, make_segmenter, prepare_support, with_unlabelled
+from medmeta.adaptation import METHODS, Budget, adapt_support, prepare_support, with_unlabelled
 from medmeta.data.store import StoredTask
 from medmeta.data.tasks import Task
 from medmeta.errors import InputError
@@ -129,13 +129,10 @@ def compare(
                 support, _ = with_unlabelled(support, hidden, draw)
             started = time.perf_counter()
             budget = Budget(steps=steps, rate=trial.rate, patches=trial.patches)
-            state = adapt_prepared(model.learner, support, method, budget, draw, device, precision)
+            where = {"device": device, "precision": precision}
+            segmenter = adapt_support(model, support_task, support, method, budget, draw, **where)
             seconds = time.perf_counter() - started
-            segmenter = make_segmenter(model, support_task, support, state, {})
-            scores = [
-                score_case(segmenter, task, case, trial.tolerance_mm, device=device, precision=precision)
-                for case in test.cases
-            ]
+            scores = [score_case(segmenter, task, case, trial.tolerance_mm, **where) for case in test.cases]
             result = {"arm": name, "shots": shots, "draw": draw, "method": method, "steps": steps}
             result |= {"adapt_seconds": round(seconds, 2), "support": [case.id for case in support_task.cases]}
             write_json(file, result | {"cases": scores})

@@ -280,6 +280,7 @@ def predict(
     report: Annotated[
         bool, typer.Option("--report", help="Write a page to look at every scan, report/index.html.")
     ] = False,
+    focus: Annotated[bool, typer.Option("--focus", help="Finely only where the overview sees something.")] = False,
     backend: Backend = "torch",
     engine: Engine = "local",
     workers: Workers = 1,
@@ -311,6 +312,7 @@ def predict(
             recursive=recursive,
             probabilities=probabilities,
             dicom_seg=dicom_seg,
+            focus=focus,
             backend=backend,
             engine=engine,
             workers=workers,
@@ -479,6 +481,8 @@ def info(model: ModelFolder) -> None:
         )
         _describe_adaptation(loaded.card)
         _line(f"  working grid {loaded.preprocess.spacing} mm, {loaded.preprocess.modality}, patch {loaded.patch}")
+        if loaded.overview is not None:
+            _line(f"  overview {loaded.overview.preprocess.spacing} mm, patch {loaded.overview.patch}")
     _line("Not a medical device.")
 
 

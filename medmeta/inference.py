@@ -37,6 +37,12 @@ BATCH = 2
 SLAB_VOXELS = 2**21
 """Voxels of the label map that are made at a time."""
 
+LEAST = 1e-3
+"""Added to probabilities that are multiplied, so that none can veto the others."""
+
+SEEN_FROM = 0.05
+"""Probability of foreground from which an overview makes the windows there be segmented."""
+
 SCORE_BYTES = 64 * 2**20
 """Interpolated probabilities that are held at a time."""
 
@@ -137,7 +143,14 @@ def timed(predictor: Predictor, seconds: dict[str, float]) -> Predictor:
 
 
 def sliding_bands(
-    image: Tensor, patch: Sequence[int], predictor: Predictor, *, overlap: float = 0.25, context: int = 0
+    image: Tensor,
+    patch: Sequence[int],
+    predictor: Predictor,
+    *,
+    overlap: float = 0.25,
+    context: int = 0,
+    wanted: Callable[[Sequence[slice]], bool] | None = None,
+    classes: int = 0,
 ) -> Iterator[Band]:
     """Class probabilities of an image, band by band along the first axis, as soon as no window touches a band again.
 
@@ -151,6 +164,8 @@ def sliding_bands(
         predictor: see `Predictor`.
         overlap: share of a window that the next one covers again, 0 <= overlap < 1.
         context: rows of the band before that are given again in front of each band.
+        wanted: whether a window, as slices of the image, is to be segmented; one that is not is background. None: all.
+        classes: K, to be given with `wanted`.
 
     Yields:
         The number of the band's first row, and a view (1+K, rows, Y, Z) that holds until the next band is asked for.
@@ -174,12 +189,25 @@ def sliding_bands(
     starts = sorted({int(window[0].start) for window in windows})
     context = context if len(starts) > 1 else 0
     rows = context + patch[0]
-    total: Tensor | None = None
     count = torch.zeros(rows, *shape[1:], device=image.device)
+    total = torch.zeros(1 + classes, *count.shape, device=image.device) if wanted else None
+
+    def is_wanted(window: Sequence[slice]) -> bool:
+        ends = zip(window, inner, strict=True)
+        return wanted is None or wanted(
+            [slice(max(0, w.start - i.start), min(w.stop, i.stop) - i.start) for w, i in ends]
+        )
+
     for first, following in zip(starts, [*starts[1:], shape[0]], strict=True):
         row = [window for window in windows if window[0].start == first]
-        for start in range(0, len(row), BATCH):
-            some = row[start : start + BATCH]
+        run, empty = [], []
+        for window in row:
+            (run if is_wanted(window) else empty).append(window)
+        for _, *place in empty:
+            total[(0, slice(context, None), *place)] += weight
+            count[(slice(context, None), *place)] += weight
+        for start in range(0, len(run), BATCH):
+            some = run[start : start + BATCH]
             made = predict(torch.stack([image[(slice(None), *window)] for window in some])).to(image.device)
             if total is None:
                 total = torch.zeros(made.shape[1], rows, *shape[1:], device=image.device)
@@ -223,6 +251,52 @@ def collect(bands: Iterable[Band], shape: Sequence[int]) -> Tensor:
             whole = torch.empty(len(rows), *shape)
         whole[:, first : first + rows.shape[1]] = rows
     return whole
+
+
+def blend(
+    bands: Iterable[Band], shape: Sequence[int], overview: Tensor, indices: Tensor, share: float
+) -> Iterator[Band]:
+    """Bands mixed with an overview, probabilities on a coarser grid: weighted geometric mean of both, summing to one.
+
+    Args:
+        bands: as of `sliding_bands`.
+        shape: (X, Y, Z) of the grid of the bands.
+        overview: (1+K, *S) on the coarser grid, interpolated linearly.
+        indices: (4, 4), from voxel indices of the grid of the bands to those of the overview; both have the same axes.
+        share: weight of the overview, 0 to 1.
+    """
+    places = [
+        (float(indices[axis, axis]) * torch.arange(shape[axis]) + float(indices[axis, 3])).clamp(0, size - 1)
+        for axis, size in enumerate(overview.shape[1:])
+    ]
+    for first, rows in bands:
+        there = [places[0][first : first + rows.shape[1]], *places[1:]]
+        lowest, highest = int(there[0].min()), math.ceil(float(there[0].max()))
+        part = overview[:, lowest : highest + 1].to(rows.device, rows.dtype).unsqueeze(0)
+        there[0] = there[0] - lowest
+        # grid_sample counts from -1 to 1, and the last axis first.
+        scaled = [2.0 * at / max(1, size - 1) - 1.0 for at, size in zip(there, part.shape[2:], strict=True)]
+        grid = torch.stack(torch.meshgrid(*scaled, indexing="ij")[::-1], dim=-1).to(part)
+        seen = F.grid_sample(part, grid.unsqueeze(0), padding_mode="border", align_corners=True)[0]
+        mixed = (rows + LEAST) ** (1.0 - share) * (seen + LEAST) ** share
+        yield first, mixed / mixed.sum(dim=0)
+
+
+def seen_by(overview: Tensor, indices: Tensor) -> Callable[[Sequence[slice]], bool]:
+    """Whether an overview gives foreground the probability `SEEN_FROM` anywhere in a box. Arguments as of `blend`."""
+    foreground = overview[0] <= 1.0 - SEEN_FROM
+
+    def seen(box: Sequence[slice]) -> bool:
+        place = []
+        for axis, (side, size) in enumerate(zip(box, foreground.shape, strict=True)):
+            low, high = (
+                float(indices[axis, axis]) * at + float(indices[axis, 3]) for at in (side.start, side.stop - 1)
+            )
+            first = min(max(0, math.floor(low)), size - 1)
+            place.append(slice(first, max(first, math.ceil(high)) + 1))
+        return bool(foreground[tuple(place)].any())
+
+    return seen
 
 
 def index_map(working: Tensor, scan: Tensor) -> Tensor:

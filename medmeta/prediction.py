@@ -193,12 +193,21 @@ class Work:
     dicom_seg: bool
 
     @cached_property
-    def predictor(self) -> Predictor | None:
-        """What segments windows in place of torch, made where it runs."""
+    def predictor(self) -> Callable[[Segmenter], Predictor] | None:
+        """What segments windows in place of torch, made once for each segmenter, where it runs."""
         if self.backend == "torch":
             return None
-        model, shape = self.segmenter.model, (1, len(self.segmenter.channels), *self.segmenter.patch)
-        return openvino_predictor(model.learner, self.segmenter.state, shape, precision=self.options["precision"])
+        made: dict[int, Predictor] = {}
+
+        def predictor(segmenter: Segmenter) -> Predictor:
+            if id(segmenter) not in made:
+                learner, shape = segmenter.model.learner, (1, len(segmenter.channels), *segmenter.patch)
+                made[id(segmenter)] = openvino_predictor(
+                    learner, segmenter.state, shape, precision=self.options["precision"]
+                )
+            return made[id(segmenter)]
+
+        return predictor
 
     def output(self, job: Scan) -> Path:
         return self.out / f"{job.name}{job.suffix}"
@@ -287,11 +296,9 @@ class Work:
         given = options if self.predictor is None else options | {"predictor": self.predictor}
         yield "", self.segmenter, given
         # Smaller windows see less around a voxel, so the result may differ a little: it is noted.
-        stride = self.segmenter.model.learner.net.stride
-        smaller = tuple(min(side, max(stride, side // 2 // stride * stride)) for side in self.segmenter.patch)
-        if smaller != self.segmenter.patch:
-            note = f"segmented in windows of {'x'.join(map(str, smaller))} for lack of memory"
-            yield note, replace(self.segmenter, patch=smaller), options
+        smaller = _in_smaller_windows(self.segmenter)
+        if smaller.patch != self.segmenter.patch:
+            yield f"segmented in windows of {'x'.join(map(str, smaller.patch))} for lack of memory", smaller, options
         if torch.device(options["device"]).type != "cpu":
             yield "segmented on the CPU for lack of memory", self.segmenter, options | {"device": "cpu"}
 
@@ -308,6 +315,13 @@ class Work:
     def _failed(self, job: Scan, error: Exception, files: tuple[dict[str, Any], ...] = ()) -> Prediction:
         reason = str(error).removeprefix(f"{job.files[0]}: ") if isinstance(error, InputError) else _one_line(error)
         return Prediction(job.files[0], None, "failed", reason, name=job.name, files=files)
+
+
+def _in_smaller_windows(segmenter: Segmenter) -> Segmenter:
+    stride = segmenter.model.learner.net.stride
+    patch = tuple(min(side, max(stride, side // 2 // stride * stride)) for side in segmenter.patch)
+    overview = None if segmenter.overview is None else _in_smaller_windows(segmenter.overview)
+    return replace(segmenter, patch=patch, overview=overview)
 
 
 def _locally(work: Work, jobs: Sequence[tuple[Scan, bool]], start: Callable[[Scan], None]) -> Iterator[Prediction]:

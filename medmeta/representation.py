@@ -165,12 +165,17 @@ def segmenter_html(segmenter: Segmenter) -> str:
             "adapted": _adapted(segmenter),
             "expected Dice on unseen scans": expected,
             "input": f"{segmenter.preprocess.modality} ({', '.join(segmenter.channels)})",
-            "working grid": f"{by(segmenter.preprocess.spacing)} mm, windows of {by(segmenter.patch)} voxels",
+            "working grid": _grid(segmenter),
+            "overview": _grid(segmenter.overview) if segmenter.overview else "none",
             "network": f"{net.spec['name']}, {count(sum(each.numel() for each in net.parameters()), 'parameter')}",
             "learner": segmenter.model.learner.name,
             "terms of the labelled scans": card.get("support_terms") or "not stated",
         },
     )
+
+
+def _grid(segmenter: Segmenter) -> str:
+    return f"{by(segmenter.preprocess.spacing)} mm, windows of {by(segmenter.patch)} voxels"
 
 
 def prediction_line(prediction: Prediction) -> str:

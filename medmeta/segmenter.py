@@ -7,8 +7,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from medmeta.files import read_json, read_tensors, write_json, write_tensors
 from medmeta.inference import (
     Band,
     Predictor,
+    blend,
     collect,
     context_rows,
     index_map,
     restore_labels,
+    seen_by,
     sliding_bands,
     timed,
     torch_predictor,
@@ -38,6 +40,7 @@ from medmeta.representation import segmentation_html, segmentation_line, segment
 
 FORMAT = 1
 WEIGHTS, STATE, DESCRIPTION = "weights.safetensors", "state.safetensors", "model.json"
+OVERVIEW = "overview.safetensors"
 
 
 @dataclass
@@ -105,6 +108,9 @@ class Segmenter:
         patch: window of the sliding window, in working voxels.
         card: the support scans' number and how they were learned from.
         single: label values of structures that were one piece in every support scan: of each the largest piece is kept.
+        overview: a segmenter of the same classes on a coarser grid, whose windows show more of the scan; its
+            probabilities are mixed into those of this one (`blend`).
+        overview_share: their weight, 0 to 1.
     """
 
     model: Model
@@ -116,6 +122,8 @@ class Segmenter:
     patch: tuple[int, int, int]
     card: dict[str, Any] = field(default_factory=dict)
     single: tuple[int, ...] = ()
+    overview: Segmenter | None = None
+    overview_share: float = 0.5
 
     def __repr__(self) -> str:
         return f"Segmenter({segmenter_line(self)})"
@@ -129,9 +137,10 @@ class Segmenter:
         scan: Volume,
         *,
         overlap: float = 0.25,
+        focus: bool = False,
         device: torch.device | str = "cpu",
         precision: torch.dtype = torch.float32,
-        predictor: Predictor | None = None,
+        predictor: Callable[[Segmenter], Predictor] | None = None,
         seconds: dict[str, float] | None = None,
     ) -> Volume:
         """Class probabilities (1+K, *S) on the working grid.
@@ -139,15 +148,19 @@ class Segmenter:
         Args:
             scan: (C, X, Y, Z) with the channels the segmenter was adapted to.
             overlap: share of a window that the next one covers again.
+            focus: where there is an overview, segment finely only the windows in which it sees something.
             device: where the network runs.
             precision: bfloat16 runs it under autocast.
-            predictor: what segments a window, see `medmeta.inference`. None: the network, in torch.
+            predictor: gives for a segmenter what segments its windows, see `medmeta.inference`. None: its network, in
+                torch.
             seconds: given the time of each stage.
 
         Raises:
             ValueError: the scan has another number of channels.
         """
-        grid, bands = self._bands(scan, overlap, device, precision, predictor, {} if seconds is None else seconds)
+        grid, bands = self._bands(
+            scan, overlap, focus, device, precision, predictor, {} if seconds is None else seconds
+        )
         return Volume(collect(bands, grid.shape), grid.affine)
 
     @torch.no_grad()
@@ -156,24 +169,27 @@ class Segmenter:
         scan: Volume,
         *,
         overlap: float = 0.25,
+        focus: bool = False,
         device: torch.device | str = "cpu",
         precision: torch.dtype = torch.float32,
-        predictor: Predictor | None = None,
+        predictor: Callable[[Segmenter], Predictor] | None = None,
         seconds: dict[str, float] | None = None,
         probabilities: Volume | None = None,
     ) -> Segmentation:
-        """Label map (1, X, Y, Z) int32 on exactly the scan's grid, in memory that does not grow with the classes.
+        """Label map (1, X, Y, Z) int32 on exactly the scan's grid.
+
+        Probabilities exist for a band of the scan at a time, and for all of it on the grid of the overview only.
 
         Args:
             probabilities: those of this scan, where they were made before; the network then does not run.
-            overlap, device, precision, predictor, seconds: as of `probabilities`.
+            overlap, focus, device, precision, predictor, seconds: as of `probabilities`.
 
         Raises:
             ValueError: the scan has another number of channels.
         """
         seconds = {} if seconds is None else seconds
         if probabilities is None:
-            grid, bands = self._bands(scan, overlap, device, precision, predictor, seconds)
+            grid, bands = self._bands(scan, overlap, focus, device, precision, predictor, seconds)
         else:
             grid, bands = probabilities, [(0, probabilities.data)]
         before, started = seconds.get("network", 0.0), time.perf_counter()
@@ -192,9 +208,10 @@ class Segmenter:
         self,
         scan: Volume,
         overlap: float,
+        focus: bool,
         device: torch.device | str,
         precision: torch.dtype,
-        predictor: Predictor | None,
+        predictor: Callable[[Segmenter], Predictor] | None,
         seconds: dict[str, float],
     ) -> tuple[Volume, Iterator[Band]]:
         """The working grid, and the probabilities on it as `restore_labels` takes them."""
@@ -204,11 +221,25 @@ class Segmenter:
             )
         started = time.perf_counter()
         working = self.preprocess.forward(scan)
-        seconds["preprocess"] = time.perf_counter() - started
-        predictor = predictor or torch_predictor(self.model.learner, self.state, device=device, precision=precision)
+        seconds["preprocess"] = seconds.get("preprocess", 0.0) + time.perf_counter() - started
+        if predictor is None:
+            run = torch_predictor(self.model.learner, self.state, device=device, precision=precision)
+        else:
+            run = predictor(self)
+        run = timed(run, seconds)
         context = context_rows(index_map(working.affine, scan.affine), scan.shape)
         image = working.data.to(device)
-        return working, sliding_bands(image, self.patch, timed(predictor, seconds), overlap=overlap, context=context)
+        if self.overview is None:
+            return working, sliding_bands(image, self.patch, run, overlap=overlap, context=context)
+        coarse = self.overview.probabilities(
+            scan, overlap=overlap, device=device, precision=precision, predictor=predictor, seconds=seconds
+        )
+        overview, indices = coarse.data.half(), index_map(coarse.affine, working.affine)
+        wanted = seen_by(overview, indices) if focus else None
+        bands = sliding_bands(
+            image, self.patch, run, overlap=overlap, context=context, wanted=wanted, classes=len(self.labels)
+        )
+        return working, blend(bands, working.shape, overview, indices, self.overview_share)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the model folder. Raises InputError where something stands already; `overwrite` replaces a model."""
@@ -221,8 +252,15 @@ class Segmenter:
             "card": self.card,
             "single": self.single,
         }
-        description = self.model._description("adapted") | {"adapted": adapted}
-        _write(folder, description, {WEIGHTS: self.model.learner.state_dict(), STATE: self.state}, overwrite)
+        files = {WEIGHTS: self.model.learner.state_dict(), STATE: self.state}
+        if self.overview is not None:
+            adapted["overview"] = {
+                "preprocess": self.overview.preprocess.to_dict(),
+                "patch": self.overview.patch,
+                "share": self.overview_share,
+            }
+            files[OVERVIEW] = self.overview.state
+        _write(folder, self.model._description("adapted") | {"adapted": adapted}, files, overwrite)
 
 
 SHIPPED = Path(__file__).parent / "models"
@@ -276,6 +314,11 @@ def load(folder: str | Path) -> Model | Segmenter:
             tuple(adapted.get("single", ())),
         )
         _require_fit(segmenter)
+        if overview := adapted.get("overview"):
+            preprocess, patch = Preprocess.from_dict(overview["preprocess"]), tuple(overview["patch"])
+            coarse = replace(segmenter, state=tensors[OVERVIEW], preprocess=preprocess, patch=patch, card={})
+            _require_fit(coarse)
+            segmenter = replace(segmenter, overview=coarse, overview_share=float(overview["share"]))
         return segmenter
     except InputError:
         raise
@@ -308,8 +351,8 @@ def as_model(thing: Model | Segmenter) -> Model:
 
 def _read_checked(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
     path = folder / name
-    if name not in (WEIGHTS, STATE):
-        raise InputError(path, "an unknown file in the description", f"{WEIGHTS} or {STATE}")
+    if name not in (WEIGHTS, STATE, OVERVIEW):
+        raise InputError(path, "an unknown file in the description", f"{WEIGHTS}, {STATE} or {OVERVIEW}")
     if not path.is_file():
         raise InputError(path, "no such file", "every file that model.json names", "Copy the model folder again.")
     if _digest(path) != digest:

@@ -53,7 +53,7 @@ def run(way: str, options: argparse.Namespace, answer: Connection) -> None:
     segmenter = Segmenter(model, {}, preprocess, {"all": labels}, labels, ("CT",), patch)
     before, started = peak_gib(), time.perf_counter()
     if way == "medmeta":
-        result = segmenter.predict(volume, predictor=windows).data
+        result = segmenter.predict(volume, predictor=lambda _: windows).data
     else:
         grid = preprocess.forward(volume)
         whole = sliding_window_inference(grid.data.unsqueeze(0), patch, 1, windows, overlap=0.25, mode="gaussian")[0]

@@ -4,7 +4,8 @@
 
 The plain pipeline is LoadImage, Orientation, Spacing, intensities, sliding_window_inference of probabilities, Invert,
 argmax and SaveImage, as MONAI's tutorials write it. Ways take turns, so that other work on the machine slows all of
-them; the median round counts. Dice is between the label maps of the plain pipeline and of each way.
+them; the median round counts. Dice is between the label maps of the plain pipeline and of each way on the working grid
+alone; with an overview, between those with and without focus.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -80,7 +82,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4, help="sw_batch_size of the plain pipeline")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    segmenter = load(options.model)
+    # Both ways do the same: one network on one grid, all its pieces.
+    whole = load(options.model)
+    segmenter = replace(whole, single=(), overview=None)
     scans = [path for path in sorted(options.folder.iterdir()) if is_volume(path)][: options.scans]
     ways: dict[str, Callable[[Path], object]] = {
         "plain MONAI": lambda out: plain(segmenter, scans, out, options.windows),
@@ -92,6 +96,9 @@ def main() -> None:
         ways["openvino bfloat16"] = lambda out: predict(
             segmenter, scans, out, backend="openvino", precision=torch.bfloat16
         )
+    if whole.overview:
+        ways["overview"] = lambda out: predict(whole, scans, out)
+        ways["overview, focus"] = lambda out: predict(whole, scans, out, focus=True)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.rounds):
@@ -105,8 +112,9 @@ def main() -> None:
         print(f"{'way':<20}{'s/scan':>8}{'times':>7}{'Dice, least':>13}{'mean':>9}{'labels alike':>14}")
         for name in ways:
             scores, alike = [], []
+            beside = "overview" if name.startswith("overview") else "plain MONAI"
             for scan in scans:
-                a, b = (read_labels(Path(folder, way, scan.name)).data for way in ("plain MONAI", name))
+                a, b = (read_labels(Path(folder, way, scan.name)).data for way in (beside, name))
                 scores += [dice(a, b, label) for label in segmenter.labels]
                 alike.append(float((a == b).float().mean()))
             median = statistics.median(seconds[name])

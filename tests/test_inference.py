@@ -14,11 +14,13 @@ from medmeta.data.preprocess import Preprocess
 from medmeta.data.volume import Volume
 from medmeta.errors import InputError
 from medmeta.inference import (
+    blend,
     collect,
     context_rows,
     index_map,
     openvino_predictor,
     restore_labels,
+    seen_by,
     sliding_bands,
     torch_predictor,
 )
@@ -135,6 +137,62 @@ def test_labels_by_bands_are_those_of_the_whole_volume(affine, working, monkeypa
     assert labels.dtype == torch.int32
     assert len(expected.unique()) > 1, "a test of one class would show nothing"
     assert torch.equal(labels, torch.tensor([0, 7, 40000], dtype=torch.int32)[expected.int()])
+
+
+def test_only_wanted_windows_are_segmented():
+    image, ran = random_scan(40, 20, 10), []
+
+    def counting(windows: Tensor) -> Tensor:
+        ran.append(len(windows))
+        return network(windows)
+
+    def left(box) -> bool:
+        assert all(0 <= side.start < side.stop <= size for side, size in zip(box, image.shape[1:], strict=True))
+        return box[0].stop <= 24
+
+    whole = collect(sliding_bands(image, (8, 8, 16), network), image.shape[1:])
+    made = collect(sliding_bands(image, (8, 8, 16), counting, wanted=left, classes=2), image.shape[1:])
+    everywhere = collect(sliding_bands(image, (8, 8, 16), network, wanted=lambda box: True, classes=2), made.shape[1:])
+    assert torch.equal(everywhere, whole)
+    assert torch.equal(made[:, :18], whole[:, :18])
+    assert torch.equal(made[:, 24:], torch.tensor([1.0, 0, 0]).reshape(3, 1, 1, 1).expand(3, 16, 20, 10))
+    assert torch.allclose(made.sum(dim=0), torch.ones(40, 20, 10))
+    assert 0 < sum(ran) < 0.6 * 6 * 3
+    nothing = collect(sliding_bands(image, (8, 8, 16), counting, wanted=lambda box: False, classes=2), made.shape[1:])
+    assert torch.equal(nothing[0], torch.ones(40, 20, 10))
+
+
+def test_a_box_is_seen_where_the_overview_has_foreground():
+    overview = torch.zeros(2, 10, 10, 10)
+    overview[1, 3, 4, 5] = 0.2
+    overview[0] = 1 - overview[1]
+    indices = torch.diag(torch.tensor([0.5, 0.5, 0.5, 1.0], dtype=torch.float64))
+    seen = seen_by(overview, indices)
+    assert seen([slice(6, 7), slice(8, 9), slice(10, 11)])
+    assert seen([slice(0, 6), slice(0, 20), slice(0, 20)]), "5 lies at 2.5, between voxels"
+    assert not seen([slice(0, 5), slice(0, 20), slice(0, 20)])
+    assert not seen([slice(8, 40), slice(0, 20), slice(0, 20)])
+    assert not seen([slice(30, 40), slice(30, 40), slice(30, 40)]), "beyond its edge"
+    assert not seen_by(overview * 0.2 + torch.tensor([0.8, 0]).reshape(2, 1, 1, 1), indices)([slice(0, 20)] * 3)
+
+
+@pytest.mark.parametrize("context", [0, 3])
+@pytest.mark.parametrize("shear", [0.0, 0.4])
+def test_an_overview_is_blended_band_by_band_as_if_whole(shear, context):
+    """Oracle: MONAI brings the whole overview onto the finer grid."""
+    scan = Volume(random_scan(24, 22, 20), turned((2, 0, 1), (1, -1, 1), (1.3, 0.8, 2.0), shear))
+    fine = Preprocess("MR", (1.2, 1.1, 2.0))
+    grid, coarse = fine.forward(scan), fine.coarser(2.2).forward(scan)
+    overview = network(coarse.data.unsqueeze(0))[0]
+    indices = index_map(coarse.affine, grid.affine)
+    assert float((indices[:3, :3] - indices[:3, :3].diag().diag()).abs().max()) < 1e-9, "both grids have the same axes"
+    whole = collect(sliding_bands(grid.data, (8, 8, 8), network), grid.shape)
+    seen = fine.inverse(Volume(overview, coarse.affine), grid).data
+    for share in (0.0, 0.4, 1.0):
+        bands = sliding_bands(grid.data, (8, 8, 8), network, context=context)
+        made = collect(blend(bands, grid.shape, overview, indices, share), grid.shape)
+        expected = ((1 - share) * (whole + 1e-3).log() + share * (seen + 1e-3).log()).softmax(dim=0)
+        assert torch.allclose(made, expected, atol=1e-4)
 
 
 def test_a_class_that_wins_at_no_corner_can_win_between_them():

@@ -25,6 +25,24 @@ def test_against_monai_and_torch(logits, mask) -> None:
     torch.testing.assert_close(dice_cross_entropy(logits, mask), expected)
 
 
+def test_dice_counts_the_classes_that_are_shown(logits, mask) -> None:
+    """Oracle: MONAI's Dice of the shown classes alone."""
+    from monai.losses import DiceLoss
+
+    mask = mask.masked_fill(mask == 2, 0)
+    exact = functional.one_hot(mask, 4).movedim(-1, 1).to(logits.dtype)
+    both = DiceLoss(batch=True, smooth_nr=1.0, smooth_dr=1.0)(logits.softmax(dim=1)[:, [1, 3]], exact[:, [1, 3]])
+    torch.testing.assert_close(dice_cross_entropy(logits, mask), 0.5 * (functional.cross_entropy(logits, mask) + both))
+
+
+@pytest.mark.parametrize("balance", [0.5, 1.0])
+def test_balance_weighs_classes_as_torch_does(logits, mask, balance) -> None:
+    weight = torch.bincount(mask.flatten(), minlength=4).double() ** -balance
+    dice = 2 * dice_cross_entropy(logits, mask) - functional.cross_entropy(logits, mask)
+    expected = 0.5 * (functional.cross_entropy(logits, mask, weight) + dice)
+    torch.testing.assert_close(dice_cross_entropy(logits, mask, balance=balance), expected)
+
+
 def test_ignored_voxels_do_not_count(logits, mask, generator) -> None:
     """Oracle: the loss of the counted voxels alone, laid out in one row."""
     counted = torch.rand(mask.shape, generator=generator) < 0.6

@@ -37,10 +37,14 @@ def segmenter(tmp_path_factory) -> Segmenter:
 
 @pytest.fixture(scope="module")
 def two_channels(segmenter) -> Segmenter:
-    state = dict(segmenter.state)
-    name = segmenter.model.learner.net.input_weight
-    state[name] = state[name].repeat(1, 2, 1, 1, 1) / 2
-    return replace(segmenter, state=state, channels=("first", "second"))
+    def doubled(one: Segmenter | None) -> Segmenter | None:
+        if one is None:
+            return None
+        name = one.model.learner.net.input_weight
+        state = one.state | {name: one.state[name].repeat(1, 2, 1, 1, 1) / 2}
+        return replace(one, state=state, channels=("first", "second"), overview=doubled(one.overview))
+
+    return doubled(segmenter)
 
 
 ACCOUNT = (".lock", "predictions.csv", "predictions.json", "run.json")

@@ -17,9 +17,11 @@ from medmeta.adaptation import Budget, adapt
 from medmeta.data.preprocess import Preprocess
 from medmeta.data.volume import Volume, grid_difference, read_header, write_volume
 from medmeta.errors import InputError
+from medmeta.inference import torch_predictor
 from medmeta.postprocess import keep_largest
 from medmeta.segmenter import (
     DESCRIPTION,
+    OVERVIEW,
     STATE,
     WEIGHTS,
     Model,
@@ -83,7 +85,7 @@ def test_a_meta_learned_model_loads_as_it_was_saved(learner, tmp_path):
 
 
 def test_nothing_pickled_and_readable_by_all(saved):
-    assert sorted(path.name for path in saved.iterdir()) == sorted([DESCRIPTION, WEIGHTS, STATE])
+    assert sorted(path.name for path in saved.iterdir()) == sorted([DESCRIPTION, WEIGHTS, STATE, OVERVIEW])
     description = json.loads((saved / DESCRIPTION).read_text(encoding="utf-8"))
     assert description["format"] == 1
     mask = os.umask(0)
@@ -93,7 +95,7 @@ def test_nothing_pickled_and_readable_by_all(saved):
     assert [path.name for path in saved.parent.iterdir()] == [saved.name], "no leftovers"
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, STATE, DESCRIPTION])
+@pytest.mark.parametrize("name", [WEIGHTS, STATE, OVERVIEW, DESCRIPTION])
 def test_a_missing_file_is_named(saved, name):
     (saved / name).unlink()
     with pytest.raises(InputError, match=r"no such file") as caught:
@@ -253,6 +255,51 @@ def test_probabilities_are_probabilities_and_decide_the_labels(segmenter):
     assert not scores.data.requires_grad
 
 
+def test_an_overview_is_mixed_in_by_its_share(segmenter):
+    scan, _ = phantom(2, 3)
+    alone = replace(segmenter, overview=None)
+    fine, coarse = alone.probabilities(scan), segmenter.overview.probabilities(scan)
+    assert min(coarse.spacing) > 1.5 * min(fine.spacing)
+    assert torch.allclose(replace(segmenter, overview_share=0.0).probabilities(scan).data, fine.data, atol=5e-3)
+    seen = segmenter.preprocess.inverse(coarse, fine).data
+    for share in (0.3, 1.0):
+        mixed = replace(segmenter, overview_share=share).probabilities(scan).data
+        expected = (1 - share) * (fine.data + 1e-3).log() + share * (seen + 1e-3).log()
+        assert torch.allclose(mixed, expected.softmax(dim=0), atol=5e-3)
+
+
+def test_focus_looks_closely_where_the_overview_sees_something(segmenter):
+    scan, _ = phantom(2, 3)
+    windows = {focus: 0 for focus in (False, True)}
+    made = {}
+    for focus in windows:
+
+        def counting(one, focus=focus):
+            run = torch_predictor(one.model.learner, one.state)
+
+            def predict(image):
+                windows[focus] += len(image) * (one.overview is not None)
+                return run(image)
+
+            return predict
+
+        made[focus] = segmenter.probabilities(scan, focus=focus, predictor=counting).data
+    assert 0 < windows[True] <= windows[False]
+    alone = replace(segmenter, overview=None)
+    assert torch.equal(alone.probabilities(scan, focus=True).data, alone.probabilities(scan).data)
+    blind = replace(segmenter.overview, state=segmenter.overview.state | _background(segmenter.overview.state))
+    empty = replace(segmenter, overview=blind)
+    assert float(empty.probabilities(scan, focus=True).data[0].min()) > 0.98
+    assert float(empty.probabilities(scan).data[0].min()) < 0.98
+
+
+def _background(state):
+    """The output layer of a network that sees nothing."""
+    bias = torch.full_like(state["head.bias"], -20.0)
+    bias[0] = 20.0
+    return {"head.weight": torch.zeros_like(state["head.weight"]), "head.bias": bias}
+
+
 def test_predicting_changes_nothing(segmenter):
     before = {name: tensor.clone() for name, tensor in segmenter.model.learner.state_dict().items()}
     state = {name: tensor.clone() for name, tensor in segmenter.state.items()}
@@ -288,6 +335,7 @@ def test_a_model_that_comes_with_the_package_goes_by_its_name(segmenter, tmp_pat
 
 def test_structures_of_one_piece_keep_their_largest(segmenter):
     scan, _ = phantom(2, 2)
+    segmenter = replace(segmenter, overview=None)
     raw = replace(segmenter, single=()).predict(scan).data
     for single in ((), (1,), (1, 2)):
         made = replace(segmenter, single=single).predict(scan).data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -101,6 +101,11 @@ class Preprocess:
                 sides[axis] = min(largest[axis], wanted)
             free = [axis for axis in free if axis not in full] if full else []
         return tuple(sides)
+
+    def coarser(self, factor: float) -> Preprocess:
+        """The same with voxels of `factor` times the finest side at least along each axis."""
+        finest = factor * min(self.spacing)
+        return replace(self, spacing=tuple(round(max(side, finest), 3) for side in self.spacing))
 
     def forward(self, scan: Volume) -> Volume:
         """The scan on the working grid, RAS+, intensities scaled: (C, X, Y, Z) float32. NaN and infinity count as 0."""

@@ -11,9 +11,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -69,6 +69,7 @@ class StoredTask:
         cases: the labelled scans.
         preprocess: how they came onto the working grid.
         unlabelled: scans whose mask is -1 everywhere.
+        overview: the same scans on a coarser grid, of which a patch shows more; None where it adds nothing.
     """
 
     name: str
@@ -77,6 +78,17 @@ class StoredTask:
     cases: tuple[StoredCase, ...]
     preprocess: Preprocess
     unlabelled: tuple[StoredCase, ...] = ()
+    overview: StoredTask | None = None
+
+    @property
+    def views(self) -> tuple[StoredTask, ...]:
+        """The task itself, and its overview where it has one."""
+        return (replace(self, overview=None), *(self.overview.views if self.overview else ()))
+
+    def only(self, ids: Collection[str]) -> StoredTask:
+        """The task with those of its labelled scans alone, on each grid."""
+        cases = tuple(case for case in self.cases if case.id in ids)
+        return replace(self, cases=cases, overview=self.overview and self.overview.only(ids))
 
     @property
     def patients(self) -> dict[str, list[StoredCase]]:
