@@ -70,12 +70,6 @@ RECONTRAST = 0.5
 """Share of patches that get another contrast where a single MR scan is labelled; k scans show k contrasts themselves,
 and the share is k times less."""
 
-SEEN = 0.25
-"""Share of a scan that a patch shows where no overview is needed."""
-
-COARSER = 2.0
-"""How much coarser the grid of an overview is."""
-
 OVERVIEW_SHARE, FEW_SHARE = 1 / 3, 1 / 2
 """Weight of the overview's probabilities; the second with 1 and 2 scans, which teach places before borders."""
 
@@ -292,18 +286,18 @@ def guess_modality(task: Task) -> Literal["CT", "MR"]:
 def prepare_support(task: Task, voxels: int, *, stride: int = 8, preprocess: Preprocess | None = None) -> StoredTask:
     """The labelled scans of a task on a working grid fitted to them, in memory.
 
-    Where a patch is less than `SEEN` of a scan, there is an overview too, on a grid that is `COARSER` times coarser:
-    what tells one structure from another is often where it lies. Its patches have twice the voxels. It needs to show
-    every class that the finer grid shows.
+    Where a patch shows little of a scan, there is an overview too (`Preprocess.overview`): what tells one structure
+    from another is often where it lies. Its patches have twice the voxels. It needs to show every class that the finer
+    grid shows.
     """
     preprocess = preprocess or fit_preprocess(task)
     support = _prepare_on(task, voxels, stride, preprocess)
-    sizes = [case.mask.size for case in support.cases]
-    if math.prod(support.patch) >= SEEN * float(np.median(sizes)):
+    coarse = preprocess.overview(support.patch, [case.mask.shape for case in support.cases])
+    if coarse is None:
         return support
-    overview = _prepare_on(task, 2 * voxels, stride, preprocess.coarser(COARSER))
-    fine, coarse = ([set(case.places) for case in view.cases] for view in (support, overview))
-    return replace(support, overview=overview) if fine == coarse else support
+    overview = _prepare_on(task, 2 * voxels, stride, coarse)
+    lost = any(set(a.places) != set(b.places) for a, b in zip(support.cases, overview.cases, strict=True))
+    return support if lost else replace(support, overview=overview)
 
 
 def _prepare_on(task: Task, voxels: int, stride: int, preprocess: Preprocess) -> StoredTask:

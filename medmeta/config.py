@@ -47,6 +47,7 @@ class TrainConfig(BaseModel):
     validation_share: float = Field(default=0.2, gt=0, lt=1)
     validation_episodes: int = Field(default=24, ge=1)
     precision: Literal["float32", "bfloat16"] = "float32"
+    overviews: bool = False
 
     def recipe(self, phases: tuple[Phase, ...] | None = None) -> Recipe:
         """The recipe, with its tasks read; `phases` instead of the config's own where given."""
@@ -59,6 +60,7 @@ class TrainConfig(BaseModel):
             validation_share=self.validation_share,
             validation_episodes=self.validation_episodes,
             precision=self.precision,
+            overviews=self.overviews,
         )
 
 

@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from medmeta.data.manifests import find_manifest
+from medmeta.data.preprocess import Preprocess
 from medmeta.data.sampler import EpisodeSampler
 from medmeta.data.store import Store, StoredTask, fit_preprocess
 from medmeta.data.tasks import Task, load_task, split_patients
@@ -105,6 +107,7 @@ class Recipe:
         validation_share: share of each task's patients that is held out for validation, at least 2 patients.
         validation_episodes: fixed episodes among them.
         precision: "float32" or "bfloat16".
+        overviews: train on the overview of each task too, where it has one (`Preprocess.overview`).
     """
 
     tasks: tuple[Task, ...]
@@ -115,6 +118,7 @@ class Recipe:
     validation_share: float = 0.2
     validation_episodes: int = 24
     precision: str = "float32"
+    overviews: bool = False
 
     def key(self, phases: int) -> str:
         """A digest of what decides the result of the first `phases` phases."""
@@ -124,6 +128,8 @@ class Recipe:
             "settings": [self.network, self.voxels, self.seed, self.precision],
             "validation": [self.validation_share, self.validation_episodes],
         }
+        if self.overviews:
+            facts["overviews"] = True
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -264,11 +270,18 @@ def prepare_tasks(recipe: Recipe, folder: Path, progress: Progress | None = None
         whole = _split(task, count, recipe.seed)
         # Fitted on training patients only.
         preprocess = fit_preprocess(whole[0])
-        for part, target in zip(whole, (training, held_out), strict=True):
-            told = None if progress is None else lambda done, total, name=task.name: progress(name, done, total)
-            target.append(shelves.task(part, preprocess, voxels=recipe.voxels, progress=told))
-        # One patch for a task, whichever patients it is drawn from.
-        held_out[-1] = replace(held_out[-1], patch=training[-1].patch)
+        told = None if progress is None else partial(progress, task.name)
+
+        def on(grid: Preprocess, whole: tuple[Task, Task] = whole, told: Any = told) -> None:
+            for part, target in zip(whole, (training, held_out), strict=True):
+                target.append(shelves.task(part, grid, voxels=recipe.voxels, progress=told))
+            # One patch for a task, whichever patients it is drawn from.
+            held_out[-1] = replace(held_out[-1], patch=training[-1].patch)
+
+        on(preprocess)
+        coarse = preprocess.overview(training[-1].patch, [case.mask.shape for case in training[-1].cases])
+        if recipe.overviews and coarse is not None:
+            on(coarse)
     return Prepared(training, held_out)
 
 

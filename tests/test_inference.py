@@ -182,7 +182,7 @@ def test_an_overview_is_blended_band_by_band_as_if_whole(shear, context):
     """Oracle: MONAI brings the whole overview onto the finer grid."""
     scan = Volume(random_scan(24, 22, 20), turned((2, 0, 1), (1, -1, 1), (1.3, 0.8, 2.0), shear))
     fine = Preprocess("MR", (1.2, 1.1, 2.0))
-    grid, coarse = fine.forward(scan), fine.coarser(2.2).forward(scan)
+    grid, coarse = fine.forward(scan), fine.overview((2, 2, 2), [scan.shape]).forward(scan)
     overview = network(coarse.data.unsqueeze(0))[0]
     indices = index_map(coarse.affine, grid.affine)
     assert float((indices[:3, :3] - indices[:3, :3].diag().diag()).abs().max()) < 1e-9, "both grids have the same axes"

@@ -9,7 +9,7 @@ from medmeta.data.phantoms import write_phantoms
 from medmeta.data.tasks import load_task
 from medmeta.errors import InputError
 from medmeta.files import read_json, write_json
-from medmeta.recipe import EpisodeSettings, Phase, Recipe, TaskSource, train_recipe, untrained
+from medmeta.recipe import EpisodeSettings, Phase, Recipe, TaskSource, prepare_tasks, train_recipe, untrained
 from medmeta.train import Schedule
 
 QUICK = Schedule(4, episodes_per_step=1, validate_every=2, checkpoint_every=1)
@@ -48,6 +48,22 @@ def test_phases_run_in_order_and_the_card_tells_what_was_done(recipe, tmp_path):
     assert [task["name"] for task in model.card["training_tasks"]] == [task.name for task in recipe.tasks]
     assert all(task["terms"] for task in model.card["training_tasks"])
     assert not same(weights(model), weights(untrained(recipe)))
+
+
+def test_overviews_are_trained_on_beside_the_finer_grids(recipe, tmp_path):
+    small = replace(recipe, voxels=8**3, phases=recipe.phases[:1], overviews=True)
+    training, held_out = prepare_tasks(small, tmp_path)
+    plain, _ = prepare_tasks(replace(small, overviews=False), tmp_path)
+    assert len(training) == len(held_out) == 2 * len(plain)
+    for fine, coarse, checked in zip(training[::2], training[1::2], held_out[1::2], strict=True):
+        assert fine.preprocess in [task.preprocess for task in plain]
+        assert fine.name == coarse.name == checked.name
+        assert coarse.cases[0].mask.size < fine.cases[0].mask.size
+        assert (checked.preprocess, checked.patch) == (coarse.preprocess, coarse.patch)
+    model, history = train_recipe(small, tmp_path)
+    assert len(history) == 4
+    assert model.learner.options["tasks"].keys() == {task.name for task in recipe.tasks}
+    assert small.key(1) != replace(small, overviews=False).key(1)
 
 
 def test_a_run_killed_in_either_phase_ends_the_same(recipe, tmp_path):

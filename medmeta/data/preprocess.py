@@ -18,6 +18,12 @@ ORGAN_VOXELS = 32
 ANISOTROPY = 2.5
 """Thick slices keep their spacing up to this multiple of the finest working spacing."""
 
+SEEN = 0.25
+"""Share of a scan that a patch shows where no overview is needed."""
+
+COARSER = 2.0
+"""How much coarser the grid of an overview is than the finest side of a working voxel."""
+
 SLAB_BYTES = 256 * 2**20
 """Scores are brought back to the scan's grid in slabs of at most this size."""
 
@@ -102,9 +108,16 @@ class Preprocess:
             free = [axis for axis in free if axis not in full] if full else []
         return tuple(sides)
 
-    def coarser(self, factor: float) -> Preprocess:
-        """The same with voxels of `factor` times the finest side at least along each axis."""
-        finest = factor * min(self.spacing)
+    def overview(self, patch: Sequence[int], shapes: Sequence[Sequence[int]]) -> Preprocess | None:
+        """The same on a grid `COARSER` times coarser, where a patch shows less than `SEEN` of a scan; None elsewhere.
+
+        Args:
+            patch: of this working grid.
+            shapes: (X, Y, Z) of the scans on it.
+        """
+        if math.prod(patch) >= SEEN * float(torch.tensor([math.prod(shape) for shape in shapes]).median()):
+            return None
+        finest = COARSER * min(self.spacing)
         return replace(self, spacing=tuple(round(max(side, finest), 3) for side in self.spacing))
 
     def forward(self, scan: Volume) -> Volume:

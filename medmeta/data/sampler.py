@@ -166,7 +166,7 @@ class EpisodeSampler:
     """Episodes over several tasks; `sampler[i]` depends on (seed, i) alone.
 
     Args:
-        tasks: prepared tasks; each needs at least two patients.
+        tasks: prepared tasks; each needs at least two patients. A task may come twice, on two grids.
         shots: K, support patches, each from another patient while there are enough of them.
         queries: query patches; their patients are never those of the support.
         ways: classes of an episode at most: a random subset of the task's, the others then being background. None takes
@@ -200,11 +200,11 @@ class EpisodeSampler:
             raise ValueError(f"{len(tasks)} tasks, shots={shots}, queries={queries}; required: at least one of each")
         self.tasks = tuple(tasks)
         self.shots, self.queries, self.ways, self.mirror, self.seed = shots, queries, ways, mirror, seed
-        self._augment: dict[str, Callable] = {}
+        self._augment: list[Callable] = []
         if augment:
-            self._augment = {
-                task.name: Augment(task.patch, task.preprocess.spacing, task.preprocess.modality) for task in tasks
-            }
+            self._augment = [
+                Augment(task.patch, task.preprocess.spacing, task.preprocess.modality) for task in self.tasks
+            ]
 
     def plan(self, index: int) -> EpisodePlan:
         """What episode `index` is made of, without reading a voxel."""
@@ -247,8 +247,8 @@ class EpisodeSampler:
             # One class after the other, so that every class of the episode is looked for.
             label = chosen[number % len(chosen)]
             image, mask = draw_patch(cases[name], task.patch, rng, labels=[label] if number < len(chosen) else chosen)
-            if task.name in self._augment:
-                image, mask = self._augment[task.name](image, mask, rng)
+            if self._augment:
+                image, mask = self._augment[plan.number](image, mask, rng)
             if plan.flips:
                 image, mask = image.flip([axis + 1 for axis in plan.flips]), mask.flip(plan.flips)
             images.append(image)

@@ -294,6 +294,13 @@ def test_patches(spacing, shapes, budget, stride):
     assert 0.5 * min(voxels, math.prod(limits)) <= math.prod(patch) <= 2 * voxels, "about the budget"
 
 
+def test_an_overview_is_coarser_where_a_patch_shows_little():
+    preprocess = Preprocess("CT", (1.0, 1.2, 3.0), window=(-100.0, 300.0))
+    coarse = preprocess.overview((16, 16, 8), [(32, 32, 10), (32, 32, 32), (64, 64, 64)])
+    assert coarse == Preprocess("CT", (2.0, 2.0, 3.0), window=(-100.0, 300.0))
+    assert preprocess.overview((16, 16, 32), [(32, 32, 10), (32, 32, 32), (64, 64, 64)]) is None
+
+
 def test_a_patch_is_near_a_cube_in_mm():
     sides = Preprocess("MR", (1.0, 1.0, 2.0)).patch(48**3, [(300, 300, 300)])
     assert sides == (64, 64, 32)
