@@ -23,8 +23,14 @@ ROOT = Path(__file__).resolve().parents[1]
 def lower_bounds(pyproject: str) -> list[str]:
     """Each dependency, those of the extra `dev` too, pinned to its lower bound: "torch>=2.8" gives "torch==2.8"."""
     project = tomllib.loads(pyproject)["project"]
-    requirements = project["dependencies"] + project["optional-dependencies"]["dev"]
-    matches = [re.match(r"([\w.-]+)\s*>=\s*([\w.]+)", requirement) for requirement in requirements]
+    extras = project["optional-dependencies"]
+    requirements = project["dependencies"] + [
+        requirement
+        for extra in ("dev", "docs")  # dev asks for docs by its name
+        for requirement in extras[extra]
+        if not requirement.startswith(f"{project['name']}[")
+    ]
+    matches = [re.match(r"([\w.-]+)(?:\[.+\])?\s*>=\s*([\w.]+)", requirement) for requirement in requirements]
     if None in matches:
         raise ValueError(f"{requirements[matches.index(None)]!r}; required: a lower bound, such as torch>=2.8")
     return [f"{match[1]}=={match[2]}" for match in matches]
