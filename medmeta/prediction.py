@@ -27,6 +27,9 @@ from medmeta.worklist import Manifest, Scan, described, fingerprint, list_scans,
 AHEAD_BYTES = 256 * 2**20
 """Scans up to this size, as float32, are read while the one before is still being segmented."""
 
+ACCOUNT_EVERY = 20.0
+"""Between two writings of the account passes at least this many times what the last one took."""
+
 ENGINES = ("local", "ray")
 BACKENDS = ("torch", "openvino")
 STAGES = ("read", "preprocess", "network", "restore", "write")
@@ -152,13 +155,20 @@ def predict_each(
         else:
             results = _locally(work, jobs, manifest.start)
         done: list[Prediction] = []
-        for result in results:
-            done.append(result)
-            manifest.record(result.name, result.status, result.reason, result.files)
+        due = 0.0
+        try:
+            for result in results:
+                done.append(result)
+                manifest.record(result.name, result.status, result.reason, result.files)
+                if (started := time.monotonic()) >= due:
+                    _write_account(out, done, list(segmenter.targets))
+                    due = time.monotonic() + ACCOUNT_EVERY * (time.monotonic() - started)
+                if progress:
+                    progress(len(done), len(jobs))
+                yield result
+        finally:
             _write_account(out, done, list(segmenter.targets))
-            if progress:
-                progress(len(done), len(jobs))
-            yield result
+            manifest.write()
 
 
 @dataclass

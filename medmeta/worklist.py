@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import os
 import platform
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,7 @@ from medmeta.files import read_json, write_json
 
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 MANIFEST = "run.json"
+JOURNAL = "run.jsonl"
 LOCK = ".lock"
 LISTS = (".txt", ".csv")
 
@@ -273,6 +275,9 @@ def locked(out: Path) -> Iterator[None]:
 class Manifest:
     """`run.json`: model, settings and versions of a run, and the inputs with hash and status.
 
+    It is written when a run begins and when it ends. What happens between is one line each in `run.jsonl`, so that a
+    scan costs the same among ten and among ten thousand.
+
     Args:
         out: the folder of the label maps, locked.
         model: as of `fingerprint`.
@@ -284,7 +289,9 @@ class Manifest:
     """
 
     def __init__(self, out: Path, model: str, settings: Mapping[str, Any], *, overwrite: bool) -> None:
-        self.path = out / MANIFEST
+        self.path, self.journal = out / MANIFEST, out / JOURNAL
+        if overwrite:
+            self.journal.unlink(missing_ok=True)
         before = read_json(self.path) if self.path.exists() and not overwrite else None
         for key, now in (("model", model), ("settings", dict(settings))):
             if before is not None and before.get(key) != now:
@@ -296,6 +303,10 @@ class Manifest:
         self.facts = {"model": model, "settings": dict(settings)}
         self.facts["versions"] = {**versions, "python": platform.python_version()}
         self.scans: dict[str, dict[str, Any]] = dict(before["scans"]) if before else {}
+        if before and self.journal.exists():
+            for line in self.journal.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # a run was killed within its last line
+                    self.scans |= json.loads(line)
 
     def plan(self, scans: Iterable[Scan], out: Path, *, overwrite: bool) -> list[tuple[Scan, bool]]:
         """The scans in the order of work, each with whether the label map that is there is to be kept.
@@ -313,13 +324,13 @@ class Manifest:
                 files = [{"path": str(file)} for file in scan.files]
                 status = "started" if entry.get("status") == "started" else "waiting"
                 self.scans[scan.name] = {"status": status, "files": files}
-        self._write()
+        self.write()
         return [(scan, keep) for started in (False, True) for last, scan, keep in planned if last == started]
 
     def start(self, scan: Scan) -> None:
         """A scan is being worked on."""
         self.scans[scan.name]["status"] = "started"
-        self._write()
+        self._note(scan.name)
 
     def record(self, name: str, status: str, reason: str, files: Sequence[Mapping[str, Any]]) -> None:
         """What became of a scan."""
@@ -328,10 +339,16 @@ class Manifest:
             entry |= {"status": status, "reason": reason, "files": list(files) or entry.get("files", [])}
         elif not entry:
             entry |= {"status": status, "reason": reason, "files": list(files)}
-        self._write()
+        self._note(name)
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Everything that is known now, as one file."""
         write_json(self.path, {**self.facts, "scans": self.scans})
+        self.journal.unlink(missing_ok=True)
+
+    def _note(self, name: str) -> None:
+        with self.journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({name: self.scans[name]}) + "\n")
 
     @staticmethod
     def _unchanged(scan: Scan, entry: Mapping[str, Any]) -> bool:

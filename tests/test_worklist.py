@@ -16,7 +16,7 @@ from medmeta.data.preprocess import Preprocess
 from medmeta.data.volume import write_volume
 from medmeta.errors import InputError
 from medmeta.segmenter import Segmenter
-from medmeta.worklist import Manifest, Scan, fingerprint, list_scans, locked
+from medmeta.worklist import Manifest, Scan, described, fingerprint, list_scans, locked
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -139,14 +139,13 @@ def scan_of(folder: Path, name: str) -> Scan:
 
 def finished(out: Path, scans: list[Scan]) -> Manifest:
     """The manifest of a run that made the label maps of some scans."""
-    from medmeta.worklist import described
-
     manifest = Manifest(out, "model", {"overlap": "0.25"}, overwrite=False)
     manifest.plan(scans, out, overwrite=False)
     for scan in scans:
         manifest.start(scan)
         shutil.copy(scan.files[0], out / f"{scan.name}.nii.gz")
         manifest.record(scan.name, "done", "", [described(file) for file in scan.sources()])
+    manifest.write()
     return manifest
 
 
@@ -182,6 +181,25 @@ def test_what_kills_a_run_comes_last(tmp_path):
     manifest.start(scans[0])
     for _ in range(2):
         assert list(kept(out, scans)) == ["b", "c", "a"]
+
+
+def test_what_a_killed_run_wrote_down_is_known_but_for_its_last_broken_line(tmp_path):
+    scans = [scan_of(tmp_path / "scans", name) for name in "abc"]
+    out = touch(tmp_path / "out", "a.nii.gz", "b.nii.gz")
+    manifest = Manifest(out, "model", {"overlap": "0.25"}, overwrite=False)
+    manifest.plan([replace(scan, problem="new") for scan in scans], out, overwrite=False)
+    begun = (out / "run.json").read_bytes()
+    for scan in scans[:2]:
+        manifest.start(scan)
+        manifest.record(scan.name, "done", "", [described(file) for file in scan.sources()])
+    assert (out / "run.json").read_bytes() == begun  # a scan adds a line and rewrites nothing
+    journal = out / "run.jsonl"
+    lines = journal.read_bytes()
+    journal.write_bytes(lines[:-20])
+    assert kept(out, scans) == {"a": True, "b": False, "c": False}
+    assert not journal.exists()
+    journal.write_bytes(lines)
+    assert kept(out, scans) == {"a": True, "b": True, "c": False}
 
 
 def test_label_maps_of_two_models_do_not_meet_in_one_folder(tmp_path):
