@@ -14,14 +14,21 @@ import torch
 
 from medmeta.data.preprocess import Preprocess
 from medmeta.data.sampler import Augment, draw_patch
-from medmeta.data.store import StoredCase, StoredTask, find_places, fit_preprocess, prepare, prepare_unlabelled
+from medmeta.data.store import (
+    StoredCase,
+    StoredTask,
+    find_places,
+    fit_preprocess,
+    prepare,
+    prepare_unlabelled,
+    read_scan,
+)
 from medmeta.data.tasks import Case, Task, pair_folders
-from medmeta.data.volume import read_channels, read_labels
+from medmeta.data.volume import Volume, read_channels, read_labels
 from medmeta.episode import IGNORED, Examples, State
 from medmeta.errors import InputError
 from medmeta.evaluate import mean_score, score_case
 from medmeta.forecast import forecast
-from medmeta.inference import Predictor, collect, sliding_bands, torch_predictor
 from medmeta.learners import MetaLearner
 from medmeta.losses import dice_cross_entropy
 from medmeta.networks import build_network
@@ -341,6 +348,8 @@ def adapt_support(
 
     An overview is learned with half of the steps and minutes, of half as many patches.
     """
+    if method == "self_training":
+        return _self_train(model, task, support, budget, seed, device, precision, progress)
     if support.overview is None:
         state = adapt_prepared(model.learner, support, method, budget, seed, device, precision, progress)
         return make_segmenter(model, task, support, state, {})
@@ -395,8 +404,6 @@ def adapt_prepared(
         examples = _for_network(learner, support_patches(support, seed)).to(device)
         with torch.no_grad(), autocast(device, precision):
             return _to_cpu(learner.adapt(examples))
-    if method == "self_training":
-        return _self_train(learner, support, budget, seed, device, precision, progress)
     net, channels = learner.net, support.cases[0].image.shape[0]
     with torch.no_grad():
         if method == "scratch":
@@ -457,49 +464,61 @@ def adapt_prepared(
 
 
 def _self_train(
-    learner: MetaLearner,
+    model: Model,
+    task: Task,
     support: StoredTask,
     budget: Budget,
     seed: int,
     device: torch.device | str,
     precision: torch.dtype,
     progress: Callable[[int, int, float], None] | None,
-) -> State:
+) -> Segmenter:
     """Fine-tune for a third of the budget, label the unlabelled scans where that is sure, fine-tune on all of them.
 
     Pseudo-labels (Lee 2013) under strong augmentation, with a new student (Xie 2020, "Self-training with noisy
-    student"). Every other patch of the second part is of a labelled scan.
+    student"). Both grids learn from what the teacher makes of both. Every other patch of the second part is of a
+    labelled scan.
     """
     part = budget.steps // 3
     share = part / max(1, budget.steps)
     minutes = (None, None) if budget.minutes is None else (budget.minutes * share, budget.minutes * (1 - share))
     first = replace(budget, steps=part, minutes=minutes[0] or None)
     second = replace(budget, steps=budget.steps - part, minutes=minutes[1])
+    where = {"device": device, "precision": precision}
 
     def after(done: int) -> Callable[[int, int, float], None] | None:
         return progress and (lambda step, _steps, loss: progress(done + step, budget.steps, loss))
 
-    teacher = adapt_prepared(learner, support, "finetune", first, seed, device, precision, after(0))
-    whole = one_piece([case.mask for case in support.cases], support.classes)
-    predictor = torch_predictor(learner, teacher, device=device, precision=precision)
-    guessed = [_label_where_sure(case, support, predictor, whole, device) for case in support.unlabelled]
-    labelled = support.cases
-    turns = max(len(labelled), len(guessed))
-    cases = [pair[turn % len(pair)] for turn in range(turns) for pair in (labelled, guessed)]
-    return adapt_prepared(
-        learner, replace(support, cases=tuple(cases)), "finetune", second, seed, device, precision, after(part)
+    teacher = adapt_support(model, task, support, "finetune", first, seed, progress=after(0), **where)
+    cases = {case.id: case for case in task.cases}
+    guessed: list[list[StoredCase]] = [[] for _ in support.views]
+    for number, stored in enumerate(support.unlabelled):
+        scan = read_scan(task, cases[stored.id])
+        mask = _label_where_sure(teacher, scan, **where)
+        for view, made in zip(support.views, guessed, strict=True):
+            working = view.preprocess.forward_mask(mask, scan.affine, support.classes).numpy()
+            places = find_places(working, support.classes)
+            made.append(replace(view.unlabelled[number], mask=working, places=places))
+    fine, *coarse = (
+        replace(view, cases=_alternating(view.cases, made)) for view, made in zip(support.views, guessed, strict=True)
     )
+    support = replace(fine, overview=coarse[0] if coarse else None)
+    made = adapt_support(model, task, support, "finetune", second, seed, progress=after(part), **where)
+    return replace(made, card=teacher.card, single=teacher.single, overview_share=teacher.overview_share)
 
 
-def _label_where_sure(
-    case: StoredCase, support: StoredTask, predictor: Predictor, whole: Sequence[int], device: torch.device | str
-) -> StoredCase:
-    image = torch.from_numpy(np.array(case.image, dtype=np.float32)).to(device)
-    probabilities = collect(sliding_bands(image, support.patch, predictor), case.mask.shape)
-    sureness, labels = probabilities.max(dim=0)
-    kept = keep_largest(labels[None], whole)[0]
-    mask = kept.masked_fill((sureness < SURE) | (kept != labels), IGNORED).numpy().astype(np.int8)
-    return replace(case, mask=mask, places=find_places(mask, support.classes))
+def _label_where_sure(segmenter: Segmenter, scan: Volume, **options: Any) -> torch.Tensor:
+    """Mask (1, X, Y, Z) on the grid of a scan, -1 where the segmenter is not sure. Options of `probabilities`."""
+    scores = segmenter.probabilities(scan, **options)
+    labels = segmenter.preprocess.inverse_labels(scores, scan, sure=SURE).long()
+    whole = [segmenter.labels.index(value) + 1 for value in segmenter.single]
+    kept = keep_largest(labels, whole)
+    return kept.masked_fill(kept != labels, IGNORED)
+
+
+def _alternating(labelled: Sequence[StoredCase], guessed: Sequence[StoredCase]) -> tuple[StoredCase, ...]:
+    turns = max(len(labelled), len(guessed))
+    return tuple(pair[turn % len(pair)] for turn in range(turns) for pair in (labelled, guessed))
 
 
 def support_patches(support: StoredTask, seed: int = 0, most: int = 16) -> Examples:

@@ -127,6 +127,7 @@ def compare(
                 others = task.of_patients(supports[draw][shots:])
                 hidden = replace(others, cases=tuple(replace(case, labels=None) for case in others.cases))
                 support, _ = with_unlabelled(support, hidden, draw)
+                support_task = replace(support_task, cases=(*support_task.cases, *hidden.cases))
             started = time.perf_counter()
             budget = Budget(steps=steps, rate=trial.rate, patches=trial.patches)
             where = {"device": device, "precision": precision}
@@ -134,7 +135,7 @@ def compare(
             seconds = time.perf_counter() - started
             scores = [score_case(segmenter, task, case, trial.tolerance_mm, **where) for case in test.cases]
             result = {"arm": name, "shots": shots, "draw": draw, "method": method, "steps": steps}
-            result |= {"adapt_seconds": round(seconds, 2), "support": [case.id for case in support_task.cases]}
+            result |= {"adapt_seconds": round(seconds, 2), "support": [case.id for case in support_task.labelled.cases]}
             write_json(file, result | {"cases": scores})
         results.append(read_json(file))
         if progress:

@@ -25,11 +25,13 @@ from medmeta.adaptation import (
     support_task,
     with_unlabelled,
 )
+from medmeta.data.preprocess import Preprocess
 from medmeta.data.tasks import Case, Task, pair_folders
-from medmeta.data.volume import Volume, write_volume
+from medmeta.data.volume import Volume, read_volume, write_volume
 from medmeta.errors import InputError
 from medmeta.evaluate import score_case
 from medmeta.losses import dice_cross_entropy
+from medmeta.segmenter import Segmenter
 
 TWO = {"anterior": (1,), "posterior": (2,)}
 
@@ -480,12 +482,11 @@ def test_an_unusable_unlabelled_scan_stops_nothing_and_is_named(scans, task, tmp
         adapt_to(tiny_model(), task, method="self_training", budget=Budget(steps=1))
 
 
-def test_a_voxel_gets_a_label_where_the_network_is_sure_and_the_organ_is_one_piece(scans):
+def test_a_voxel_gets_a_label_where_the_network_is_sure_and_the_organ_is_one_piece():
     import medmeta.adaptation as module
 
-    support, _ = with_unlabelled(prepare_support(scans, 16**3, stride=2), scans, seed=0)
     shape = (12, 10, 8)
-    image = np.zeros((1, *shape), dtype=np.float16)
+    image = torch.zeros(1, *shape)
     image[0, 1:4, 1:4, 1:4] = 1  # the organ
     image[0, 8:10, 1, 1] = 1  # a second piece of it
     image[0, 5, 5, 5] = 0.5  # nobody knows
@@ -499,14 +500,33 @@ def test_a_voxel_gets_a_label_where_the_network_is_sure_and_the_organ_is_one_pie
             made += (windows == value) * torch.tensor(each)[None, :, None, None, None]
         return made
 
-    case = replace(support.unlabelled[0], image=image, mask=np.full(shape, -1, dtype=np.int8))
-    made = module._label_where_sure(case, replace(support, patch=(16, 16, 8)), predict, (1,), "cpu")
-    expected = np.zeros(shape, dtype=np.int8)
-    expected[1:4, 1:4, 1:4] = 1
-    expected[8:10, 1, 1] = expected[5, 5, 5] = -1
-    expected[6, 6, 6] = expected[11, 6, 6] = 2
-    assert np.array_equal(made.mask, expected)
-    assert {label: len(places) for label, places in made.places.items()} == {1: 27, 2: 2}
+    # This window leaves intensities as they are.
+    preprocess = Preprocess("CT", (1.0, 1.0, 1.0), (-2.0, 2.0))
+    model, targets = tiny_model(), {"organ": (7,), "other": (3,)}
+    segmenter = Segmenter(model, {}, preprocess, targets, (7, 3), ("image",), (16, 16, 8), single=(7,))
+    scan = Volume(image, torch.eye(4, dtype=torch.float64))
+    mask = module._label_where_sure(segmenter, scan, predictor=lambda _: predict)
+    expected = torch.zeros(1, *shape, dtype=torch.long)
+    expected[0, 1:4, 1:4, 1:4] = 1
+    expected[0, 8:10, 1, 1] = expected[0, 5, 5, 5] = -1
+    expected[0, 6, 6, 6] = expected[0, 11, 6, 6] = 2
+    assert torch.equal(mask, expected)
+
+
+def test_self_training_learns_on_each_grid_what_both_make_together(scans, monkeypatch):
+    import medmeta.adaptation as module
+
+    support, _ = with_unlabelled(prepare_support(scans, 16**3, stride=2), scans, seed=0)
+    taught = []
+    fit = module.adapt_prepared
+    monkeypatch.setattr(module, "adapt_prepared", lambda *call: taught.append(call[1]) or fit(*call))
+    target = torch.zeros(1, *read_volume(scans.cases[-1].images[0]).shape, dtype=torch.long)
+    target[:, :10] = 1
+    monkeypatch.setattr(module, "_label_where_sure", lambda *_, **__: target)
+    adapt_support(tiny_model(), scans, support, "self_training", Budget(steps=6))
+    assert [len(each.cases) for each in taught] == [2, 2, 4, 4], "every second patch is of a labelled scan"
+    for each in taught[2:]:
+        assert 0.05 < (each.cases[1].mask == 1).mean() < 0.95
 
 
 def test_unlabelled_scans_are_listed_without_those_of_the_support(support, tmp_path):

@@ -154,13 +154,17 @@ class Preprocess:
         """Scores (1+K, *S) of the working grid on exactly the grid of `like`: (1+K, X, Y, Z)."""
         return Volume(self._restore(scores, like, 0, like.shape[2]), like.affine)
 
-    def inverse_labels(self, scores: Volume, like: Volume) -> Tensor:
-        """The class of the largest score on exactly the grid of `like`: (1, X, Y, Z) int16, in bounded memory."""
+    def inverse_labels(self, scores: Volume, like: Volume, *, sure: float = 0.0) -> Tensor:
+        """The class of the largest score on exactly the grid of `like`: (1, X, Y, Z) int16, in bounded memory.
+
+        Where the largest score is below `sure`, it is `IGNORED`.
+        """
         slab = max(1, SLAB_BYTES // (4 * scores.channels * like.shape[0] * like.shape[1]))
         labels = torch.empty((1, *like.shape), dtype=torch.int16)
         for first in range(0, like.shape[2], slab):
             last = min(first + slab, like.shape[2])
-            labels[0, ..., first:last] = self._restore(scores, like, first, last).argmax(dim=0)
+            highest, classes = self._restore(scores, like, first, last).max(dim=0)
+            labels[0, ..., first:last] = classes.masked_fill(highest < sure, IGNORED)
         return labels
 
     def to_dict(self) -> dict[str, object]:

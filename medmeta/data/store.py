@@ -107,7 +107,7 @@ def read_case(task: Task, case: Case) -> tuple[Volume, torch.Tensor]:
     """
     if case.labels is None:
         raise InputError(case.images[0], "no label map", "a labelled scan", "Leave the case out or label it.")
-    scan, labels = _read_scan(task, case), read_labels(case.labels)
+    scan, labels = read_scan(task, case), read_labels(case.labels)
     difference = grid_difference(scan, labels)
     if difference:
         raise InputError(
@@ -119,7 +119,12 @@ def read_case(task: Task, case: Case) -> tuple[Volume, torch.Tensor]:
     return scan, task.encode(labels.data, case.labels)
 
 
-def _read_scan(task: Task, case: Case) -> Volume:
+def read_scan(task: Task, case: Case) -> Volume:
+    """A scan (C, X, Y, Z), checked to fit the task.
+
+    Raises:
+        InputError: it cannot be read, its channels are others, or no voxel is finite; the message names the file.
+    """
     scan = read_channels(case.images)
     if scan.channels != len(task.channels):
         raise InputError(
@@ -173,7 +178,7 @@ def prepare_unlabelled(task: Task, case: Case, preprocess: Preprocess) -> Stored
     Raises:
         InputError: the scan cannot be read or has other channels than the task; the message names the file.
     """
-    image = preprocess.forward(_read_scan(task, case)).data.numpy().astype(np.float16)
+    image = preprocess.forward(read_scan(task, case)).data.numpy().astype(np.float16)
     return StoredCase(case.id, case.patient, image, np.full(image.shape[1:], IGNORED, dtype=np.int8), {})
 
 
