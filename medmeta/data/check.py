@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from medmeta.data.volume import (
 from medmeta.errors import InputError
 from medmeta.files import read_json
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 PLAUSIBLE_SPACING_MM = (0.05, 20.0)
@@ -244,7 +245,7 @@ def _check_headers(case: Case, task: Task | None) -> tuple[list[Finding], list[H
     findings: list[Finding] = []
     headers: list[Header] = []
     for path in case.images:
-        header = _attempt(lambda path=path: read_header(path))
+        header = _attempt(read_header, path)
         if isinstance(header, Header):
             headers.append(header)
             findings += _spacing(header) + _right_angles(header)
@@ -286,7 +287,7 @@ def _skew(affine: np.ndarray) -> float:
 
 def _check_voxels(case: Case, task: Task | None, first_with: dict[bytes, Path]) -> list[Finding]:
     file = case.images[0]
-    volume = _attempt(lambda: read_channels(case.images))
+    volume = _attempt(read_channels, case.images)
     if isinstance(volume, str):
         return [Finding(file, "unreadable", volume)]
     findings: list[Finding] = []
@@ -297,7 +298,7 @@ def _check_voxels(case: Case, task: Task | None, first_with: dict[bytes, Path]) 
     if any(finding.severity == "error" for finding in findings):
         return findings
     digest = hashlib.blake2b(repr(volume.data.shape).encode(), digest_size=16)
-    digest.update(volume.data.contiguous().numpy())
+    digest.update(volume.data.contiguous().numpy().data)
     twin = first_with.setdefault(digest.digest(), file)
     if twin != file:
         findings.append(Finding(file, "duplicate", f"the same voxels as {twin.name}"))
@@ -321,19 +322,19 @@ def _intensity(channel: Tensor, modality: Modality | None) -> tuple[str, Literal
 
 def _check_labels(path: Path, headers: Sequence[Header], task: Task) -> tuple[list[Finding], set[str] | None]:
     """The findings, and the targets that the label map holds; None where it cannot be read."""
-    header = _attempt(lambda: read_header(path))
+    header = _attempt(read_header, path)
     if not isinstance(header, Header):
         return [Finding(path, "unreadable" if path.exists() else "missing", header)], None
     findings: list[Finding] = []
     if headers and (difference := grid_difference(header, headers[0])):
         findings.append(Finding(path, "grid", f"other grid than {headers[0].path.name}: {difference}"))
-    labels = _attempt(lambda: read_labels(path))
+    labels = _attempt(read_labels, path)
     if isinstance(labels, str):
         # What reads as an image was readable: then the values are at fault.
-        readable = not isinstance(_attempt(lambda: read_volume(path)), str)
+        readable = not isinstance(_attempt(read_volume, path), str)
         return [*findings, Finding(path, "labels" if readable else "unreadable", labels)], None
     values = _values(labels.data)
-    refusal = _attempt(lambda: task.encode(values, path))
+    refusal = _attempt(task.encode, values, path)
     if isinstance(refusal, str):
         findings.append(Finding(path, "labels", refusal))
     held = set(values.tolist())
@@ -350,10 +351,10 @@ def _values(labels: Tensor) -> Tensor:
     return torch.bincount(labels.reshape(-1)).nonzero().reshape(-1)
 
 
-def _attempt(read: Callable[[], T]) -> T | str:
+def _attempt(read: Callable[P, T], *given: P.args, **named: P.kwargs) -> T | str:
     """What `read` returns, or in one line why it could not."""
     try:
-        return read()
+        return read(*given, **named)
     except InputError as error:
         return f"{error.found}; required: {error.required}. {error.remedy}".strip()
     except Exception as error:  # one bad scan never stops the others, whatever a library makes of it
@@ -398,7 +399,7 @@ def fix(report: Report, folder: str | Path) -> list[Repair]:
         if not crooked and (case.labels, "grid") not in found:
             continue
         sound = [path for path in (*case.images, case.labels) if path is not None and not _refused(path, report)]
-        read = {path: _attempt(lambda path=path: read_volume(path)) for path in crooked if path in sound}
+        read = {path: _attempt(read_volume, path) for path in crooked if path in sound}
         straight = {path: _straightened(volume) for path, volume in read.items() if isinstance(volume, Volume)}
         for path, volume in straight.items():
             if volume is None:
@@ -433,7 +434,7 @@ def _fixed_labels(case: Case, straight: Volume | None, folder: Path, report: Rep
     """The label map of a case on the grid of its image, which may have been straightened."""
     assert case.labels is not None
     image = read_header(case.images[0])
-    labels = _attempt(lambda: read_labels(case.labels))
+    labels = _attempt(read_labels, case.labels)
     if isinstance(labels, str):
         return [Repair(case.labels, None, f"not safe: {labels}")]
     affine = image.affine if straight is None else straight.affine
@@ -467,11 +468,10 @@ def _written(volume: Volume, file: Path, folder: Path, report: Report, message: 
     if volume_suffix(file) not in WRITABLE_SUFFIXES:
         place = place.with_name(f"{stem(file)}.nii.gz")
     place.parent.mkdir(parents=True, exist_ok=True)
-    whole = volume.data.clamp(-(2**30), 2**30).int()
+    data = volume.data
+    whole = (data.clamp(-(2**30), 2**30) if data.is_floating_point() else data).int()
     # A scan of whole numbers was stored as such, and float32 would only make it larger.
-    write_volume(
-        Volume(whole if torch.equal(whole.to(volume.data), volume.data) else volume.data, volume.affine), place
-    )
+    write_volume(Volume(whole if torch.equal(whole.to(data), data) else data, volume.affine), place)
     return Repair(file, place, message)
 
 
