@@ -30,7 +30,7 @@ Precision = Annotated[
 ]
 
 
-def one_of(*choices: str) -> Callable[[str], str]:
+def one_of(*choices: str) -> Callable[[typer.Context, typer.CallbackParam, str], str]:
     """A check that a word is among some. It raises InputError for any other."""
 
     def check(context: typer.Context, parameter: typer.CallbackParam, given: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -61,7 +62,7 @@ class Reporter:
         """As a call, for work whose description changes with every part."""
         self("comparing", done, total, what)
 
-    def row(self, steps: dict[str, int]):
+    def row(self, steps: dict[str, int]) -> Callable[[Row], None]:
         """A logger of training rows, given the number of steps of each phase."""
         dice = ""
 
@@ -69,7 +70,7 @@ class Reporter:
             nonlocal dice
             if row["validation_dice"] is not None:
                 dice = f", validation Dice {row['validation_dice']:.3f}"
-            total = steps.get(str(row["phase"]), int(row["step"]))
-            self(f"training ({row['phase']})", int(row["step"]), total, f"loss {row['loss']:.3f}{dice}")
+            total = steps.get(row["phase"], row["step"])
+            self(f"training ({row['phase']})", row["step"], total, f"loss {row['loss']:.3f}{dice}")
 
         return log

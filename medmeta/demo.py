@@ -14,7 +14,7 @@ import torch
 from medmeta.adaptation import Budget, adapt_to
 from medmeta.benchmark import Trial, by_steps, compare, draw_supports, summarise
 from medmeta.data.phantoms import phantom_task, write_phantoms
-from medmeta.data.tasks import load_task
+from medmeta.data.tasks import Task, load_task
 from medmeta.data.volume import read_channels, read_labels
 from medmeta.evaluate import evaluate_folders
 from medmeta.files import write_json
@@ -22,7 +22,7 @@ from medmeta.prediction import predict
 from medmeta.recipe import EpisodeSettings, Phase, Progress, Recipe, train_recipe, untrained
 from medmeta.report import CT_WINDOW, Panel, curves_over_adaptation, learning_curves, montage
 from medmeta.review import evaluated_cases, write_review
-from medmeta.segmenter import refuse_existing
+from medmeta.segmenter import Model, refuse_existing
 from medmeta.train import Row, Schedule
 
 NETWORK = {"name": "se_unet_3d", "options": {"channels": [16, 32, 64]}}
@@ -114,7 +114,8 @@ def run_demo(
     tasks = [load_task(folder) for folder in folders]
     new = tasks.pop(next(index for index in range(plan.organs) if phantom_task(index, seed).family in COMPACT))
     seconds = {"phantoms": time.monotonic() - started}
-    arms, histories = {}, {}
+    arms: dict[str, Model] = {}
+    histories: dict[str, list[Row]] = {}
     for name, phases in plan.arms().items():
         recipe = Recipe(tuple(tasks), phases, NETWORK, plan.voxels, seed, validation_episodes=12, precision="bfloat16")
         arms.setdefault("scratch", untrained(recipe))
@@ -137,12 +138,12 @@ def run_demo(
     }
     curves_over_adaptation(result, out / "adaptation.png")
     _segment(arms["meta"], new, trial, out, seed)
-    result["seconds"]["all"] = time.monotonic() - started
+    seconds["all"] = time.monotonic() - started
     write_json(out / "result.json", result)
     return result
 
 
-def _segment(model, task, trial: Trial, out: Path, seed: int) -> None:
+def _segment(model: Model, task: Task, trial: Trial, out: Path, seed: int) -> None:
     """Adapt as a user would, segment the test scans from their files, score the folder, draw some."""
     test, supports = draw_supports(task, trial)
     support = task.of_patients(supports[0][: trial.shots[0]])
@@ -150,8 +151,9 @@ def _segment(model, task, trial: Trial, out: Path, seed: int) -> None:
     segmenter = adapt_to(model, support, budget=budget, seed=seed, precision=torch.bfloat16)
     segmenter.save(out / "adapted")
     predict(segmenter, [case.images[0] for case in test.cases], out / "segmented")
-    references = {case.id: case.labels for case in test.cases}
-    evaluation = evaluate_folders(test.cases[0].labels.parent, out / "segmented", targets=task.targets)
+    references = {case.id: case.labels for case in test.cases if case.labels is not None}
+    folder = references[test.cases[0].id].parent
+    evaluation = evaluate_folders(folder, out / "segmented", targets=task.targets)
     # The reference folder holds the support too: only what was segmented is scored.
     evaluation.failures[:] = [each for each in evaluation.failures if Path(each[0]).name.split(".")[0] in references]
     evaluation.to_json(out / "evaluation.json", seed)
@@ -159,7 +161,7 @@ def _segment(model, task, trial: Trial, out: Path, seed: int) -> None:
         Panel(
             case.id,
             read_channels(case.images),
-            read_labels(case.labels),
+            read_labels(references[case.id]),
             read_labels(out / "segmented" / case.images[0].name),
             CT_WINDOW if task.modality == "CT" else None,
         )

@@ -95,18 +95,20 @@ def score_masks(
             f"spacing {spacing_mm}, tolerance {tolerance_mm}; required: 3 lengths over 0 mm, a tolerance from 0 mm"
         )
     voxels = int(reference.sum()), int(prediction.sum())
-    volumes = [count * float(spacing.prod()) / 1000 for count in voxels]
+    reference_ml, prediction_ml = (count * float(spacing.prod()) / 1000 for count in voxels)
     if not any(voxels):
         return Scores(math.nan, math.nan, math.nan, 0.0, 0.0, absent=True)
     if not all(voxels):
         diagonal = float(np.linalg.norm(spacing * reference.shape))
-        return Scores(0.0, 0.0, diagonal, *volumes, missed=not voxels[1], invented=not voxels[0])
+        missed, invented = not voxels[1], not voxels[0]
+        return Scores(0.0, 0.0, diagonal, reference_ml, prediction_ml, missed=missed, invented=invented)
     dice = 2 * int((reference & prediction).sum()) / sum(voxels)
     to_prediction, to_reference = _surface_distances(reference, prediction, spacing)
     # A distance equal to the tolerance agrees, whatever its last bit says.
     within = sum(int((distances <= tolerance_mm + 1e-9).sum()) for distances in (to_prediction, to_reference))
     hd95 = max(float(np.percentile(distances, 95)) for distances in (to_prediction, to_reference))
-    return Scores(dice, within / (to_prediction.size + to_reference.size), hd95, *volumes)
+    surface_dice = within / (to_prediction.size + to_reference.size)
+    return Scores(dice, surface_dice, hd95, reference_ml, prediction_ml)
 
 
 def _surface_distances(a: np.ndarray, b: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -303,7 +305,8 @@ def _score_case(
     maps = expected.data[0].numpy(), found.data[0].numpy()
     rows = []
     for name, values in targets.items():
-        scores = score_masks(*(np.isin(labels, values) for labels in maps), expected.spacing, tolerance_mm)
+        reference, prediction = (np.isin(labels, values) for labels in maps)
+        scores = score_masks(reference, prediction, expected.spacing, tolerance_mm)
         rows.append({"case": case, "target": name, **asdict(scores)})
     return rows
 

@@ -75,7 +75,7 @@ def read_json(path: str | Path) -> Any:
         raise InputError(path, f"unreadable JSON ({error})", "a JSON file") from error
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> None:
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], facts: dict[str, str] | None = None) -> None:
     """Write named tensors as safetensors, with text facts in its header."""
     from safetensors.torch import save
 

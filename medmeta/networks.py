@@ -211,8 +211,11 @@ class _SEUNet3D(nn.Module):
 
         def level(inputs: int, outputs: int, convolutions: int) -> nn.Module:
             groups = {"num_groups": _groups(outputs)} if norm == "group" else {}
-            normal = {"norm": (norm, {"affine": True, **groups}), "dropout": dropout or None, "dropout_dim": 3}
-            unit = ResidualUnit(3, inputs, outputs, subunits=convolutions, act=act, bias=False, **normal)
+            normal = (norm, {"affine": True, **groups})
+            drop = dropout or None
+            unit = ResidualUnit(
+                3, inputs, outputs, subunits=convolutions, act=act, norm=normal, dropout=drop, dropout_dim=3, bias=False
+            )
             # MONAI's own ReLU excites without bound and can die for a channel; the sigmoid is the paper's.
             excite = ResidualSELayer(3, outputs, min(se_ratio, outputs), acti_type_1=act, acti_type_2="sigmoid")
             return nn.Sequential(unit, excite)
@@ -323,7 +326,7 @@ def scse_unet_2d(
     _make_adaptable(body, norm)
     all_used = _drop_idle(body, size=2 ** (encoder_depth + 2))
     _require(all_used, "encoder_name", encoder_name, f"an encoder that uses all it computes at depth {encoder_depth}")
-    for block in body.decoder.blocks:
+    for block in unet.decoder.blocks:
         block.conv2.append(nn.Dropout2d(dropout))
     inputs = [name for name, module in body.encoder.named_modules() if getattr(module, "in_channels", 0) == 1]
     _require(len(inputs) == 1, "encoder_name", encoder_name, "an encoder with a single convolution at its input")
@@ -338,9 +341,9 @@ def _make_adaptable(net: nn.Module, norm: str) -> None:
     """
     for module in list(net.modules()):
         if getattr(module, "inplace", False):
-            module.inplace = False
+            module.inplace = False  # type: ignore[assignment]  # a flag; torch's types know no such attribute
         for name, child in module.named_children():
-            if type(child) in (nn.BatchNorm2d, nn.InstanceNorm2d):
+            if type(child) is nn.BatchNorm2d or type(child) is nn.InstanceNorm2d:
                 width = child.num_features
                 instance, groups = nn.InstanceNorm2d(width, affine=True), nn.GroupNorm(_groups(width), width)
                 setattr(module, name, instance if norm == "instance" else groups)

@@ -68,9 +68,7 @@ class Certainty:
     It is as right as the probabilities are calibrated.
     """
 
-    inside: Tensor | None = None
-    size: Tensor | None = None
-    mass: Tensor | None = None
+    sums: Tensor | None = None  # (3, 1+K): sum of p over M, |M|, sum of p
 
     def watch(self, bands: Iterable[Band]) -> Iterator[Band]:
         """The same bands, counted on their way; rows that come again as context are counted once."""
@@ -80,17 +78,14 @@ class Certainty:
             best = fresh.argmax(dim=0)
             own = torch.stack([best == number for number in range(len(rows))])
             counts = ((fresh * own).sum((1, 2, 3)), own.sum((1, 2, 3)), fresh.sum((1, 2, 3)))
-            if self.inside is None:
-                self.inside, self.size, self.mass = (torch.zeros(len(rows), dtype=torch.float64) for _ in counts)
-            for total, count in zip((self.inside, self.size, self.mass), counts, strict=True):
-                total += count.cpu()
+            band = torch.stack([count.cpu().double() for count in counts])
+            self.sums = band if self.sums is None else self.sums + band
             reached = max(reached, first + rows.shape[1])
             yield first, rows
 
     def dice(self, classes: Sequence[int]) -> float:
         """Expected Dice of the union of some classes; of a structure that is not found, and not expected either, 1."""
-        if self.inside is None:
+        if self.sums is None:
             raise ValueError("no band was watched; required: bands that were iterated")
-        chosen = list(classes)
-        inside, size, mass = (float(total[chosen].sum()) for total in (self.inside, self.size, self.mass))
+        inside, size, mass = (float(total[list(classes)].sum()) for total in self.sums)
         return 2.0 * inside / (size + mass) if size + mass > 0 else 1.0

@@ -61,7 +61,8 @@ def on_ray(
         # Workers begin in folders of their own, so paths must not be relative.
         there = ray.put(replace(work, out=work.out.absolute()))
         idle = [ray.remote(Worker).options(**settings).remote(there) for _ in range(min(workers, len(jobs)))]
-        waiting, running = list(reversed(jobs)), {}
+        waiting = list(reversed(jobs))
+        running: dict[ray.ObjectRef[Prediction], tuple[ray.actor.ActorProxy[Worker], Scan]] = {}
         while waiting or running:
             while waiting and idle:
                 scan, keep = waiting.pop()
@@ -69,7 +70,9 @@ def on_ray(
                     start(scan)
                 files, slices = (tuple(file.absolute() for file in some) for some in (scan.files, scan.slices))
                 worker = idle.pop()
-                running[worker.whole.remote(replace(scan, files=files, slices=slices), keep)] = (worker, scan)
+                absolute = replace(scan, files=files, slices=slices)
+                # Ray knows the types of methods that it decorates, and it is not imported where Worker is defined.
+                running[worker.whole.remote(absolute, keep)] = (worker, scan)  # type: ignore[attr-defined]
             (ready,), _ = ray.wait(list(running))
             worker, scan = running.pop(ready)
             idle.append(worker)

@@ -125,9 +125,10 @@ def _mark_best(axes: Axes) -> None:
     """Rings the best validation of each phase: the one whose parameters a phase keeps."""
     axes.margins(y=0.25)
     for line in axes.lines[:]:
-        if line.get_marker() != "o" or not len(line.get_xdata()):
+        points = np.asarray(line.get_xydata())
+        if line.get_marker() != "o" or not len(points):
             continue
-        step, dice = max(line.get_xydata(), key=lambda point: point[1])
+        step, dice = points[points[:, 1].argmax()]
         axes.plot(step, dice, marker="o", markersize=9, markerfacecolor="none", markeredgecolor="#222222")
         late = step > np.mean(axes.get_xlim())
         axes.annotate(
@@ -168,7 +169,7 @@ def montage(panels: Sequence[Panel], path: str | Path, targets: Mapping[str, Seq
             if labels is not None:
                 _draw_structures(axes, labels, view.size_mm, structures)
     _structure_legend(figure, structures)
-    figure.get_layout_engine().set(h_pad=0.07)
+    figure.set_layout_engine("constrained", h_pad=0.07)
     _save(figure, path)
 
 
@@ -198,32 +199,29 @@ def _view(panel: Panel, structures: Sequence[Sequence[int]]) -> _View:
     to_ras = io_orientation(panel.scan.affine.numpy(force=True))
     spacing = np.empty(3)
     spacing[to_ras[:, 0].astype(int)] = panel.scan.spacing
-    labels = [
-        None if volume is None else apply_orientation(volume.data[0].numpy(force=True), to_ras)
-        for volume in (panel.reference, panel.prediction)
-    ]
-    scan = apply_orientation(panel.scan.data[0].numpy(force=True), to_ras)
+    given = [volume for volume in (panel.scan, panel.reference, panel.prediction) if volume is not None]
+    scan, *labels = (apply_orientation(volume.data[0].numpy(force=True), to_ras) for volume in given)
     across = axis_across(spacing)
     index = _fullest_slice(labels, structures, across)
     # The first axis left, R or A, runs to the left of the picture.
-    image, *outlines = (volume if volume is None else volume.take(index, across)[::-1].T for volume in (scan, *labels))
+    image, *outlines = (volume.take(index, across)[::-1].T for volume in (scan, *labels))
     window = panel.window or stretch(image)
-    filled = np.any([image > window[0], *(labels > 0 for labels in outlines if labels is not None)], axis=0)
+    filled = np.any([image > window[0], *(plane > 0 for plane in outlines)], axis=0)
     rows, columns = _margins(filled.any(axis=1)), _margins(filled.any(axis=0))
-    image, *outlines = (plane if plane is None else plane[rows, columns] for plane in (image, *outlines))
+    image, *reference, prediction = (plane[rows, columns] for plane in (image, *outlines))
     wide, high = np.delete(spacing, across) * image.shape[::-1]
-    return _View(image, *outlines, (float(wide), float(high)), "AP" if across == 0 else "RL", window)
+    size_mm, sides = (float(wide), float(high)), "AP" if across == 0 else "RL"
+    return _View(image, reference[0] if reference else None, prediction, size_mm, sides, window)
 
 
-def _fullest_slice(maps: Sequence[np.ndarray | None], structures: Sequence[Sequence[int]], axis: int) -> int:
+def _fullest_slice(maps: Sequence[np.ndarray], structures: Sequence[Sequence[int]], axis: int) -> int:
     """The slice with the largest sum, over the structures, of the part of the structure that lies in it."""
     others = tuple(k for k in range(3) if k != axis)
-    given = [labels for labels in maps if labels is not None]
-    for labels in given:
+    for labels in maps:
         counts = [np.isin(labels, list(values)).sum(axis=others) for values in structures]
         if parts := [count / count.sum() for count in counts if count.any()]:
             return int(np.sum(parts, axis=0).argmax())
-    return given[0].shape[axis] // 2
+    return maps[0].shape[axis] // 2
 
 
 def _margins(filled: np.ndarray) -> slice:

@@ -285,10 +285,10 @@ def _volume_pictures(volume: Volume) -> list[str]:
     plane = voxels.select(across, place)
     along = [axis for axis in range(3) if axis != across]
     backward = [number for number, axis in enumerate(along) if to_ras[own[axis], 1] < 0]
-    plane = _upright(plane.flip(backward))
-    size = np.delete(spacing, across) * plane.shape[::-1]
-    image = _coloured(np.zeros(plane.shape), plane, 1.0) if labels else _coloured(plane, None)
-    return [_picture(image, size, "label map" if labels else "scan")]
+    upright = _upright(plane.flip(backward))
+    size = np.delete(spacing, across) * upright.shape[::-1]
+    image = _coloured(np.zeros(upright.shape), upright, 1.0) if labels else _coloured(upright, None)
+    return [_picture(image, size.tolist(), "label map" if labels else "scan")]
 
 
 def _example_pictures(examples: Examples) -> list[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,28 @@ class Episodes(Protocol):
 
 
 class Learner(Protocol):
-    """What the loop needs of a learner; `medmeta.learners.MetaLearner` has it."""
+    """What the loop needs of a learner; `medmeta.learners.MetaLearner` has it, all but two as a `torch.nn.Module`."""
 
     def meta_loss(self, episode: Episode) -> Tensor: ...
-
     def query_logits(self, episode: Episode) -> Tensor: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object: ...
+    def to(self, device: torch.device | str) -> object: ...
+    def train(self) -> object: ...
+    def eval(self) -> object: ...
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
 
 
-Row = dict[str, float | int | str | None]
+class Row(TypedDict):
+    """One step of the history of a training; the Dice is None between validations."""
+
+    phase: str
+    step: int
+    loss: float
+    validation_dice: float | None
+    rate: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -100,7 +114,7 @@ class _Run:
 
 
 def meta_train(
-    learner: nn.Module,
+    learner: Learner,
     episodes: Episodes,
     schedule: Schedule,
     *,
@@ -171,8 +185,8 @@ def meta_train(
                 dice = _validate(learner, validation, precision, run)
                 ended = ended or run.finished(schedule)
                 run.seconds = time.monotonic() - started
-            row: Row = {"phase": phase, "step": run.step, "loss": loss, "validation_dice": dice, "rate": rate}
-            row["seconds"] = round(run.seconds, 3)
+            seconds = round(run.seconds, 3)
+            row = Row(phase=phase, step=run.step, loss=loss, validation_dice=dice, rate=rate, seconds=seconds)
             run.history.append(row)
             plot(row)
             if log:
@@ -186,7 +200,7 @@ def meta_train(
 
 
 def _gradient(
-    learner: nn.Module,
+    learner: Learner,
     episodes: Episodes,
     schedule: Schedule,
     step: int,
@@ -211,7 +225,7 @@ def _gradient(
     return total, float(norm)
 
 
-def _validate(learner: nn.Module, episodes: Sequence[Episode], precision: torch.dtype, run: _Run) -> float:
+def _validate(learner: Learner, episodes: Sequence[Episode], precision: torch.dtype, run: _Run) -> float:
     dice = validation_dice(learner, episodes, precision)
     run.since_best += 1
     if dice > run.best_dice:
@@ -236,16 +250,17 @@ def _curves(folder: Path | None, run: _Run) -> Iterator[Callable[[Row], None]]:
     with SummaryWriter(str(folder), purge_step=1) as writer:
 
         def plot(row: Row) -> None:
-            for name in ("loss", "validation_dice", "rate"):
-                if row[name] is not None:
-                    writer.add_scalar(name, row[name], row["step"], walltime=began + row["seconds"])
+            scalars = {"loss": row["loss"], "validation_dice": row["validation_dice"], "rate": row["rate"]}
+            for name, value in scalars.items():
+                if value is not None:
+                    writer.add_scalar(name, value, row["step"], walltime=began + row["seconds"])
 
         for row in run.history:
             plot(row)
         yield plot
 
 
-def validation_dice(learner: nn.Module, episodes: Sequence[Episode], precision: torch.dtype = torch.float32) -> float:
+def validation_dice(learner: Learner, episodes: Sequence[Episode], precision: torch.dtype = torch.float32) -> float:
     """Mean Dice over the classes present in the queries of some episodes, without a meta-gradient."""
     learner.eval()
     scores = []
@@ -267,7 +282,7 @@ def autocast(device: torch.device | str, precision: torch.dtype) -> AbstractCont
     return torch.autocast(torch.device(device).type, precision)
 
 
-def _save(path: Path, learner: nn.Module, optimiser: torch.optim.Optimizer, run: _Run) -> None:
+def _save(path: Path, learner: Learner, optimiser: torch.optim.Optimizer, run: _Run) -> None:
     tensors = {f"learner/{name}": tensor for name, tensor in learner.state_dict().items()}
     tensors |= {f"best/{name}": tensor for name, tensor in run.best.items()}
     for number, state in optimiser.state_dict()["state"].items():
@@ -282,7 +297,7 @@ def _save(path: Path, learner: nn.Module, optimiser: torch.optim.Optimizer, run:
     write_tensors(path, tensors, {"run": json.dumps(facts)})
 
 
-def _restore(path: Path, learner: nn.Module, optimiser: torch.optim.Optimizer) -> _Run:
+def _restore(path: Path, learner: Learner, optimiser: torch.optim.Optimizer) -> _Run:
     tensors, facts = read_tensors(path)
     parts: dict[str, dict[str, Tensor]] = {"learner": {}, "best": {}, "optimiser": {}}
     try:

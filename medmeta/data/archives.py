@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import io
 import os
 import shutil
 import stat
@@ -15,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -168,17 +170,27 @@ def _members(archive: Path) -> Iterator[_Member]:
     raise InputError(archive, f"the suffix {archive.suffix!r}", f"one of {', '.join(SUFFIXES)}")
 
 
-def _tar_members(archive: Path, opener: Callable[..., IO[bytes]]) -> Iterator[_Member]:
-    with opener(archive, "rb") as stream, tarfile.open(fileobj=_ShortReads(stream), mode="r:") as tar:
+def _tar_members(archive: Path, opener: Callable[..., io.BufferedIOBase]) -> Iterator[_Member]:
+    with (
+        opener(archive, "rb") as stream,
+        # typeshed asks for a stream that can be written as well.
+        tarfile.open(fileobj=_ShortReads(stream), mode="r:") as tar,  # type: ignore[call-overload]
+    ):
         while (member := tar.next()) is not None:
             tar.members.clear()  # of no use here, and they would pile up
             if member.issparse() or not (member.isreg() or member.isdir()):
                 raise InputError(archive, f"{member.name!r}, a link or a device", "plain files and folders")
-            yield _Member(member.name, None if member.isdir() else lambda member=member: tar.extractfile(member))
+            yield _Member(member.name, None if member.isdir() else partial(_content, tar, member))
         # tarfile takes a cut in a header for the end, and leaves the checksum of a gzip stream unread.
         stream.seek(tar.offset)
         if stream.read(_CHUNK)[: tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
             raise InputError(archive, "no end of the archive", "a whole archive", "Copy or download it again.")
+
+
+def _content(tar: tarfile.TarFile, file: tarfile.TarInfo) -> IO[bytes]:
+    content = tar.extractfile(file)
+    assert content is not None  # only folders, links and devices have none
+    return content
 
 
 def _zip_members(archive: Path) -> Iterator[_Member]:
@@ -189,15 +201,13 @@ def _zip_members(archive: Path) -> Iterator[_Member]:
                 raise InputError(archive, f"{member.filename!r}, a link or a device", "plain files and folders")
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
                 raise InputError(archive, f"{member.filename!r}, encrypted or of a rare method", "stored or deflated")
-            yield _Member(
-                member.filename, None if member.filename.endswith("/") else lambda member=member: content.open(member)
-            )
+            yield _Member(member.filename, None if member.filename.endswith("/") else partial(content.open, member))
 
 
 class _ShortReads:
     """A stream that gives no more than a chunk at once: tarfile would read a header of any stated size into memory."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: io.BufferedIOBase) -> None:
         self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
 
     def read(self, size: int) -> bytes:

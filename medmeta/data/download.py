@@ -13,8 +13,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from http.client import HTTPException, HTTPResponse
+from functools import partial
+from http.client import HTTPException, HTTPMessage, HTTPResponse
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
@@ -72,7 +74,7 @@ def download(name: str | Path, to: str | Path, *, timeout: float = 30.0, progres
             _require_room(to, 2 * size)
             fetch(
                 manifest.source, archive, checksum=manifest.checksum, limit_bytes=int(size * _SLACK), timeout=timeout,
-                progress=progress and (lambda done, total: progress("fetching", done, total)),
+                progress=progress and partial(progress, "fetching"),
             )  # fmt: skip
             _unpack(archive, folder, manifest, progress)
             archive.unlink(missing_ok=True)
@@ -85,7 +87,11 @@ def download(name: str | Path, to: str | Path, *, timeout: float = 30.0, progres
 
 def _unpack(archive: Path, folder: Path, manifest: Manifest, progress: Progress | None) -> None:
     total = archive.stat().st_size
-    told = progress and (lambda done: progress("unpacking", min(done, total), total))
+
+    def told(done: int) -> None:
+        if progress is not None:
+            progress("unpacking", min(done, total), total)
+
     extract(archive, folder, within=manifest.folder, limits=Limits(nbytes=20 * total), progress=told)
 
 
@@ -224,7 +230,9 @@ def _open(request: urllib.request.Request, timeout: float) -> HTTPResponse:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
         before, after = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
         if after != "https" and after != before:
             raise InputError(req.full_url, f"a redirection from {before} to {after or newurl}", f"{before} or https")

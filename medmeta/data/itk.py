@@ -222,7 +222,8 @@ def _fields(path: Path, nrrd: bool) -> Iterator[tuple[str, str]]:
                 raise ValueError("stray line ends in the header")
             if nrrd and not text:
                 return
-            key, separator, value = re.match(r"([^:=]*)([:=]?)(.*)", text, re.DOTALL).groups()
+            key = re.split("[:=]", text, maxsplit=1)[0]
+            separator, value = text[len(key) : len(key) + 1], text[len(key) + 1 :]
             if separator:
                 yield re.sub(r"\s", "", key).lower(), value.strip()
             if not nrrd and separator and key.strip(" \t") == "ElementDataFile":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import itertools
 import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import Literal
 
 import nibabel as nib
 import numpy as np
@@ -19,6 +20,7 @@ from medmeta.errors import InputError
 
 _AGAIN = "Copy or download it again."
 _EXPORT = "Export the scan again from its source."
+_BYTE_ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
 _OFFSET_LIMIT = 2**26  # bytes of header extensions, which are unpacked to be skipped
 _NO_LOG = logging.Logger("medmeta.nifti")  # nibabel reports each header repair; the ones that matter are errors here
 _NO_LOG.addHandler(logging.NullHandler())
@@ -97,7 +99,7 @@ def _compressed(path: Path) -> bool:
     return path.name.lower().endswith(".gz")
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedIOBase:
     return gzip.open(path, "rb") if _compressed(path) else path.open("rb")
 
 
@@ -112,9 +114,9 @@ def _raw(path: Path) -> nib.Nifti1Header:
     except UNREADABLE as error:
         raise InputError(path, f"a damaged file ({reason(error)})", "a NIfTI file", _AGAIN) from error
     for kind, magic in ((nib.Nifti1Header, b"n+1"), (nib.Nifti2Header, b"n+2")):
-        for order, endianness in (("little", "<"), ("big", ">")):
+        for order in _BYTE_ORDERS:
             if len(block) >= kind.sizeof_hdr and int.from_bytes(block[:4], order) == kind.sizeof_hdr:
-                raw = kind(block[: kind.sizeof_hdr], endianness, check=False)
+                raw = kind(block[: kind.sizeof_hdr], order, check=False)
                 if raw["magic"].item() == magic:
                     return raw
     raise InputError(path, f"no NIfTI header in {len(block)} bytes", "a single-file NIfTI-1 or NIfTI-2", _AGAIN)

@@ -116,15 +116,16 @@ def phantom_task(index: int, seed: int, *, size_mm: float = 120.0) -> PhantomTas
     # Thin structures lose half of their contrast to partial volume.
     least = 3.6 if family in ("shell", "tube") else 2.6
     contrast = noise * least * (8.0 / least) ** spread_contrast * (1 if (index // 2 + shift) % 2 else -1)
+    one, pair, division = _FAMILIES[family]
     # A core of a small organ would be a few voxels.
-    two = own.random() < 0.5 and (_FAMILIES[family][2] != "core" or size > 0.25 * size_mm)
+    two = own.random() < 0.5 and (division != "core" or size > 0.25 * size_mm)
     main = ("RAS", "LPS", "LAS")[(index + shift) % 3]
     fine, thick = own.uniform(1.9, 2.3), own.uniform(3.4, 4.4)
     return PhantomTask(
         index=index,
         family=family,
         modality=modality,
-        structures=_FAMILIES[family][int(two)],
+        structures=pair if two else one,
         size_mm=float(size),
         tissue=float(tissue),
         contrast=float(np.clip(contrast, -0.6 * tissue, None) if modality == "MR" else contrast),

@@ -65,7 +65,8 @@ class Volume:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Voxels along X, Y, Z."""
-        return tuple(self.data.shape[1:])
+        x, y, z = self.data.shape[1:]
+        return x, y, z
 
     @property
     def channels(self) -> int:
@@ -304,7 +305,8 @@ def grid_difference(a: Header | Volume, b: Header | Volume, tolerance_mm: float 
 
 
 def _spacing(affine: np.ndarray) -> tuple[float, float, float]:
-    return tuple(float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
+    x, y, z = (float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
+    return x, y, z
 
 
 def _orientation(affine: Tensor) -> str:

@@ -80,8 +80,7 @@ class InContext(MetaLearner):
         for label, chosen in enumerate(state["chosen"], start=1):
             support = torch.cat([shown, masks[:, label : label + 1], counted], dim=1)[chosen]
             logits.append(wide(self.network(features, query, support)).squeeze(1))
-        logits = torch.stack(logits, dim=-1)
-        return lower_absent(logits, state["present"]).movedim(-1, 1)
+        return lower_absent(torch.stack(logits, dim=-1), state["present"]).movedim(-1, 1)
 
 
 class CrossNetwork(nn.Module):
@@ -117,7 +116,7 @@ class CrossNetwork(nn.Module):
             support: (M, F+2, *H): features, mask of the class, mask of the voxels that count.
         """
         support = support.unsqueeze(0)
-        levels = []
+        levels: list[tuple[Tensor, Tensor]] = []
         for encoder in self.encoders:
             if levels:
                 query, support = _half_max(query), _each(_half_max, support)
@@ -186,7 +185,7 @@ def _convolution(axes: int, inputs: int, outputs: int, kernel: int) -> nn.Conv2d
     convolution = (nn.Conv2d if axes == 2 else nn.Conv3d)(inputs, outputs, kernel, padding=kernel // 2)
     # There is no norm between the blocks: the scale of the activations has to last through all of them.
     nn.init.kaiming_normal_(convolution.weight, a=0.01)
-    nn.init.zeros_(convolution.bias)
+    nn.init.zeros_(convolution.get_parameter("bias"))
     return convolution
 
 
@@ -198,7 +197,7 @@ def _each(function: Callable[[Tensor], Tensor], support: Tensor) -> Tensor:
 def _half(image: Tensor) -> Tensor:
     """Means over two voxels along each axis, over up to three where their number is odd."""
     pool = functional.adaptive_avg_pool2d if image.ndim == 4 else functional.adaptive_avg_pool3d
-    return pool(image, _half_size(image))
+    return pool(image, _half_size(image))  # type: ignore[arg-type]  # torch takes any sequence
 
 
 def _half_max(image: Tensor) -> Tensor:

@@ -74,11 +74,11 @@ def path(
         fast = [tensor.detach().clone().requires_grad_() for tensor in moving.values()]
     # Deployment takes the same steps as meta-training, so their eps follows the order, not the grad mode.
     eps = 1e-3 if order == 2 else 1e-8
-    # Sums of gradients, for the rates that a first-order descent is to learn.
-    sums: dict[str, Tensor] = {}
+    # The rates that a first-order descent is to learn, and for each the sum of the gradients.
+    learned: dict[str, Tensor] = {}
     if meta and order == 1 and optimiser == "sgd":
-        learned = [name for name, rate in rates.items() if isinstance(rate, Tensor) and rate.requires_grad]
-        sums = {name: torch.zeros_like(moving[name]) for name in learned}
+        learned = {name: rate for name, rate in rates.items() if isinstance(rate, Tensor) and rate.requires_grad}
+    sums = {name: torch.zeros_like(moving[name]) for name in learned}
 
     def of_step(gradients: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         clipped = list(gradients) if clip is None else _clipped(gradients, clip)
@@ -94,7 +94,7 @@ def path(
         if meta and order == 1:
             # Value of the adapted parameter, derivative of the start: the first-order meta-gradient.
             now = {name: moving[name] + (tensor - moving[name].detach()) for name, tensor in now.items()}
-            now |= {name: now[name] - (rates[name] - rates[name].detach()) * total for name, total in sums.items()}
+            now |= {name: now[name] - (rate - rate.detach()) * sums[name] for name, rate in learned.items()}
         return {**fixed, **now}
 
     yield reached()

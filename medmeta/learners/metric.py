@@ -297,8 +297,9 @@ class ImageDeformation(Prototypical):
             raise ValueError(f"gallery={gallery}; required: at least one texture")
         self.gallery, self.hidden = gallery, hidden
         with seeded(0):
-            self.deform = nn.Sequential(nn.Linear(2 * net.features, hidden), nn.ReLU(), nn.Linear(hidden, 1))
-            nn.init.constant_(self.deform[-1].bias, math.log(0.8 / 0.2))
+            inner, outer = nn.Linear(2 * net.features, hidden), nn.Linear(hidden, 1)
+            nn.init.constant_(outer.bias, math.log(0.8 / 0.2))
+            self.deform = nn.Sequential(inner, nn.ReLU(), outer)
 
     @property
     def options(self) -> dict[str, object]:

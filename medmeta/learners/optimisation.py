@@ -200,7 +200,7 @@ class MetaSGD(MAML):
         weight, head = start[self.net.input_weight], start[self.net.head_names[0]]
         grown = self.alpha.grow(weight.shape[1], len(head) - 1)
         # A weight is divided among the channels, a rate is not.
-        return grown | {self.net.input_weight: self.alpha.get_parameter(self.net.input_weight).expand_as(weight)}
+        return {**grown, self.net.input_weight: self.alpha.get_parameter(self.net.input_weight).expand_as(weight)}
 
 
 class Reptile(MAML):

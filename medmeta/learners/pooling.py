@@ -57,7 +57,8 @@ def cell_means(features: Tensor, support: Examples, cells: int) -> tuple[Tensor,
 def average_cells(image: Tensor, cells: int) -> Tensor:
     """Mean of images (N, C, *S) in each cell of a grid, `cells` along each axis but never more than voxels."""
     pool = functional.adaptive_avg_pool2d if image.ndim == 4 else functional.adaptive_avg_pool3d
-    return pool(image, [min(cells, length) for length in image.shape[2:]])
+    size = [min(cells, length) for length in image.shape[2:]]
+    return pool(image, size)  # type: ignore[arg-type]  # torch takes any sequence
 
 
 def class_keys(features: Tensor, support: Examples, cells: int, coverage: float) -> State:

@@ -57,17 +57,19 @@ class Transfer(MetaLearner):
         """
         if task not in self.tasks:
             raise ValueError(f"task {task!r}; required: one of {sorted(self.tasks)}")
-        head = self.heads[self._slots[task]]
         grown = self.net.grow(channels, self.tasks[task])
-        return grown | {name: head[f"head_{index}"] for index, name in enumerate(self.net.head_names)}
+        return grown | {name: self._head(task, index) for index, name in enumerate(self.net.head_names)}
 
     @torch.no_grad()
     def settle_head(self) -> None:
         """Give the network's own head the mean background row and the mean foreground row of all tasks."""
         for index, name in enumerate(self.net.head_names):
-            heads = [head[f"head_{index}"] for head in self.heads.values()]
+            heads = [self._head(task, index) for task in self.tasks]
             rows = [torch.cat([head[:1], head[1:].mean(0, keepdim=True)]) for head in heads]
             self.net.get_parameter(name).copy_(torch.stack(rows).mean(0))
+
+    def _head(self, task: str, index: int) -> nn.Parameter:
+        return self.heads.get_parameter(f"{self._slots[task]}.head_{index}")
 
     def adapt(self, support: Examples) -> State:
         state = self._copied_start(support)

@@ -412,7 +412,7 @@ def _arms_table(
         return Cell(_with_interval(row[key], *row[interval]) + mark, row[key], best)
 
     lines = [[arm, *(cell(arm, column) for column in columns.values())] for arm in _arms(rows)]
-    names = [f"{_scans(shots)}, {describe_adaptation(*way)}" for shots, *way in columns]
+    names = [f"{_scans(shots)}, {describe_adaptation(method, steps)}" for shots, method, steps in columns]
     return PageTable(title, ["Arm", *names], lines, note)
 
 
@@ -465,7 +465,7 @@ def _scans(count: int) -> str:
     return f"{count} scan{'s' * (count != 1)}"
 
 
-def _with_interval(value: float, low: float, high: float, digits: int = 3) -> str:
+def _with_interval(value: float, low: float, high: float, *, digits: int = 3) -> str:
     return f"{value:.{digits}f} ({low:.2f} to {high:.2f})"
 
 
@@ -502,13 +502,16 @@ def _niivue() -> str:
     as a percent-encoded text, which the widget puts into the pages that it saves.
     """
     package = distribution("ipyniivue")
-    bundle = Path(package.locate_file("ipyniivue/static/widget.js"))
+    bundle = Path(str(package.locate_file("ipyniivue/static/widget.js")))
     try:
         encoded = max(re.findall(r'"([\w%.!~*\'()-]{100000,})"', bundle.read_text(encoding="utf-8")), key=len)
-        body, exports = re.fullmatch(r"(.*)export\s*\{([^{}]*\bNiivue\b[^{}]*)\};?\s*", unquote(encoded), re.S).groups()
-    except (OSError, ValueError, AttributeError) as error:
+        module = re.fullmatch(r"(.*)export\s*\{([^{}]*\bNiivue\b[^{}]*)\};?\s*", unquote(encoded), re.S)
+        if module is None:
+            raise ValueError("no export of Niivue")
+    except (OSError, ValueError) as error:
         required = "the NiiVue module within its bundle"
         raise InputError(bundle, "none", required, "Install ipyniivue 2.4.") from error
+    body, exports = module.groups()
     names = re.sub(r"([\w$]+) as ([\w$]+)", r"\2: \1", exports)
     licence = package.read_text("licenses/LICENSE")
     return f'/*! NiiVue, from ipyniivue {package.version}\n\n{licence}\n*/\n(() => {{ "use strict";\n{body}\n' + (
