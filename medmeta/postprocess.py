@@ -75,10 +75,10 @@ class Certainty:
         reached = 0
         for first, rows in bands:
             fresh = rows[:, max(0, reached - first) :]
-            best = fresh.argmax(dim=0)
-            own = torch.stack([best == number for number in range(len(rows))])
-            counts = ((fresh * own).sum((1, 2, 3)), own.sum((1, 2, 3)), fresh.sum((1, 2, 3)))
-            band = torch.stack([count.cpu().double() for count in counts])
+            highest, best = (each.flatten() for each in fresh.max(dim=0))
+            inside = torch.bincount(best, highest.double(), minlength=len(rows))
+            size = torch.bincount(best, minlength=len(rows))
+            band = torch.stack([inside, size.double(), fresh.sum((1, 2, 3)).double()]).cpu()
             self.sums = band if self.sums is None else self.sums + band
             reached = max(reached, first + rows.shape[1])
             yield first, rows
