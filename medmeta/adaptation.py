@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -108,6 +108,13 @@ class Budget:
             raise ValueError(f"{self}; required: steps of 0 or more, patches of 1 or more, a positive rate and minutes")
 
 
+class Where(TypedDict):
+    """Where and how exactly a network runs; the words are those of `adapt_to`."""
+
+    device: torch.device | str
+    precision: torch.dtype
+
+
 def adapt_to(
     model: Model | Segmenter,
     task: Task,
@@ -150,7 +157,7 @@ def adapt_to(
     model = as_model(model)
     support = prepare_support(task, model.voxels, stride=model.learner.net.stride)
     _require_targets(task, support)
-    where = {"device": device, "precision": precision}
+    where = Where(device=device, precision=precision)
     started = time.monotonic()
     folds = _folds(task.labelled.patients, seed) if method == "auto" else []
     candidates = CANDIDATES if folds else ()
@@ -180,7 +187,8 @@ def adapt_to(
     }
     means = {name: mean_score(values) for name, values in dices.items()}
     best = max(means, key=lambda name: means[name]) if means else "finetune" if method == "auto" else method
-    chosen, notes = best, []
+    chosen = best
+    notes: list[str] = []
     if best == "self_training" or (method == "auto" and best == "finetune"):
         support, notes = with_unlabelled(support, task, seed)
         if support.unlabelled:
@@ -216,8 +224,9 @@ def _require_targets(task: Task, support: StoredTask) -> None:
     for name, values in task.targets.items():
         if not any(set(atom) <= set(values) for number, atom in enumerate(task.atoms, start=1) if number in present):
             found = f"no voxel of {name} = {list(values)} in any of the {len(support.cases)} label maps"
+            folder = next(case.labels.parent for case in task.cases if case.labels is not None)
             remedy = "Label it in one scan, or leave the target out."
-            raise InputError(task.labelled.cases[0].labels.parent, found, "each target in a support scan", remedy)
+            raise InputError(folder, found, "each target in a support scan", remedy)
 
 
 def adapt(
@@ -265,7 +274,8 @@ def support_task(
     named = targets or {"any": (max(background, default=0) + 1,)}
     task = pair_folders(images, labels, targets=named, modality=modality or "MR", background=background)
     if targets is None:
-        values = {value for case in task.cases for value in read_labels(case.labels).data.unique().tolist()}
+        paths = [case.labels for case in task.cases if case.labels is not None]
+        values = {value for path in paths for value in read_labels(path).data.unique().tolist()}
         values -= {0, *background}
         if not values:
             remedy = "Label an organ, or name other folders."
@@ -484,7 +494,7 @@ def _self_train(
     minutes = (None, None) if budget.minutes is None else (budget.minutes * share, budget.minutes * (1 - share))
     first = replace(budget, steps=part, minutes=minutes[0] or None)
     second = replace(budget, steps=budget.steps - part, minutes=minutes[1])
-    where = {"device": device, "precision": precision}
+    where = Where(device=device, precision=precision)
 
     def after(done: int) -> Callable[[int, int, float], None] | None:
         return progress and (lambda step, _steps, loss: progress(done + step, budget.steps, loss))
@@ -503,8 +513,8 @@ def _self_train(
         replace(view, cases=_alternating(view.cases, made)) for view, made in zip(support.views, guessed, strict=True)
     )
     support = replace(fine, overview=coarse[0] if coarse else None)
-    made = adapt_support(model, task, support, "finetune", second, seed, progress=after(part), **where)
-    return replace(made, card=teacher.card, single=teacher.single, overview_share=teacher.overview_share)
+    student = adapt_support(model, task, support, "finetune", second, seed, progress=after(part), **where)
+    return replace(student, card=teacher.card, single=teacher.single, overview_share=teacher.overview_share)
 
 
 def _label_where_sure(segmenter: Segmenter, scan: Volume, **options: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medmeta.adaptation import METHODS, Budget, adapt_support, prepare_support, with_unlabelled
+from medmeta.adaptation import METHODS, Budget, Where, adapt_support, prepare_support, with_unlabelled
 from medmeta.data.store import StoredTask
 from medmeta.data.tasks import Task
 from medmeta.errors import InputError
@@ -130,7 +130,7 @@ def compare(
                 support_task = replace(support_task, cases=(*support_task.cases, *hidden.cases))
             started = time.perf_counter()
             budget = Budget(steps=steps, rate=trial.rate, patches=trial.patches)
-            where = {"device": device, "precision": precision}
+            where = Where(device=device, precision=precision)
             segmenter = adapt_support(model, support_task, support, method, budget, draw, **where)
             seconds = time.perf_counter() - started
             scores = [score_case(segmenter, task, case, trial.tolerance_mm, **where) for case in test.cases]
@@ -263,7 +263,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], key: 
     columns = sorted({column[:3] for column in found}, key=lambda column: (column[0], column[1] != "inner", column))
     names = [f"{shots} scan{'s' * (shots > 1)}, {describe_adaptation(*how)}" for shots, *how in columns]
     best = {column: max(found[*column, arm][key] for arm in arms if (*column, arm) in found) for column in columns}
-    reference = {column: found.get((*column, BASELINE)) for column in columns}
+    reference = {column: found[*column, BASELINE] for column in columns if (*column, BASELINE) in found}
     band = "interval" if key == "dice" else "surface_interval"
     lines = ["| learner | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for arm in arms:

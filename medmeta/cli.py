@@ -229,8 +229,11 @@ def adapt(
     from medmeta.review import write_adaptation
     from medmeta.segmenter import load, refuse_existing
 
-    if modality not in (None, "CT", "MR"):
-        raise InputError("--modality", modality, "CT or MR")
+    match modality:
+        case None | "CT" | "MR":
+            pass
+        case _:
+            raise InputError("--modality", modality, "CT or MR")
     refuse_existing(out)
     source = load(model)
     task = support_task(
@@ -296,7 +299,8 @@ def predict(
     from medmeta.prediction import predict_each
     from medmeta.review import predicted_cases, write_review
 
-    total, results, counts = 0, [], Counter()
+    total, results = 0, []
+    counts: Counter[str] = Counter()
     segmenter = _segmenter(model)
 
     def progress(_done: int, of: int) -> None:
@@ -374,7 +378,7 @@ def evaluate(
             tolerance_mm=tolerance,
             progress=lambda done, total: reporter("comparing", done, total),
         )
-        if report:
+        if images and report:
             page = write_review(
                 report,
                 evaluated_cases(evaluation, images),
@@ -461,20 +465,20 @@ def info(model: ModelFolder) -> None:
 
     Example: medmeta info kidney
     """
-    from medmeta.segmenter import as_model, load
+    from medmeta.segmenter import Segmenter, as_model, load
 
     loaded = load(model)
     base = as_model(loaded)
     net = base.learner.net
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    _line(f"{model}: {'adapted' if loaded is not base else 'meta-learned'}; learner {base.learner.name}, network "
-          f"{net.spec['name']}, {parameters:,} parameters")  # fmt: skip
+    kind = "adapted" if isinstance(loaded, Segmenter) else "meta-learned"
+    _line(f"{model}: {kind}; learner {base.learner.name}, network {net.spec['name']}, {parameters:,} parameters")
     for task in base.card.get("training_tasks", []):
         _line(
             f"  trained on {task['name']} ({task['modality']}, {task['patients']} patients): "
             f"{', '.join(task['targets'])}. Terms: {task['terms'] or 'not stated'}"
         )
-    if loaded is not base:
+    if isinstance(loaded, Segmenter):
         _line(
             f"  adapted to {', '.join(loaded.targets)} from {loaded.card.get('support_scans')} scans, "
             f"channels {', '.join(loaded.channels)}. Terms: {loaded.card.get('support_terms') or 'not stated'}"

@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -103,6 +103,7 @@ def openvino_predictor(
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # windows have one shape: its branches may be fixed
+        warnings.simplefilter("ignore", FutureWarning)  # OpenVINO has no other way in that needs no further package
         # Not openvino.convert_model, which reports to its makers that it was used.
         front = FrontEndManager().load_by_framework("pytorch")
         traced = TorchScriptPythonDecoder(Network(), example_input=torch.zeros(tuple(shape)))
@@ -123,7 +124,7 @@ def fastest_precision(device: torch.device | str) -> torch.dtype:
     """bfloat16 where the processor multiplies it natively, else float32."""
     if torch.device(device).type == "cpu":
         # torch.cpu.get_capabilities came after torch 2.8; without it nothing is known and nothing is risked.
-        found = getattr(torch.cpu, "get_capabilities", dict)()
+        found: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
         native = any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
     else:
         native = getattr(torch.get_device_module(device), "is_bf16_supported", lambda: False)()
@@ -190,7 +191,8 @@ def sliding_bands(
     context = context if len(starts) > 1 else 0
     rows = context + patch[0]
     count = torch.zeros(rows, *shape[1:], device=image.device)
-    total = torch.zeros(1 + classes, *count.shape, device=image.device) if wanted else None
+    # Without `wanted`, the first windows tell how many classes there are.
+    total = torch.zeros(1 + classes if wanted else 0, *count.shape, device=image.device)
 
     def is_wanted(window: Sequence[slice]) -> bool:
         ends = zip(window, inner, strict=True)
@@ -199,18 +201,19 @@ def sliding_bands(
         )
 
     for first, following in zip(starts, [*starts[1:], shape[0]], strict=True):
-        row = [window for window in windows if window[0].start == first]
-        run, empty = [], []
-        for window in row:
-            (run if is_wanted(window) else empty).append(window)
+        run: list[tuple[slice, ...]] = []
+        empty: list[tuple[slice, ...]] = []
+        for window in windows:
+            if window[0].start == first:
+                (run if is_wanted(window) else empty).append(window)
         for _, *place in empty:
-            total[(0, slice(context, None), *place)] += weight
+            total[0][(slice(context, None), *place)] += weight
             count[(slice(context, None), *place)] += weight
         for start in range(0, len(run), BATCH):
             some = run[start : start + BATCH]
             made = predict(torch.stack([image[(slice(None), *window)] for window in some])).to(image.device)
-            if total is None:
-                total = torch.zeros(made.shape[1], rows, *shape[1:], device=image.device)
+            if not len(total):
+                total = torch.zeros(made.shape[1], *count.shape, device=image.device)
             for (_, *place), probabilities in zip(some, made, strict=True):
                 total[(slice(None), slice(context, None), *place)] += probabilities * weight
                 count[(slice(context, None), *place)] += weight
@@ -245,9 +248,9 @@ def _remembering_constants(predictor: Predictor) -> Predictor:
 
 def collect(bands: Iterable[Band], shape: Sequence[int]) -> Tensor:
     """All bands as one tensor (1+K, X, Y, Z) on the CPU; `shape` is (X, Y, Z)."""
-    whole: Tensor | None = None
+    whole = torch.empty(0, *shape)
     for first, rows in bands:
-        if whole is None:
+        if not len(whole):
             whole = torch.empty(len(rows), *shape)
         whole[:, first : first + rows.shape[1]] = rows
     return whole

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import math
 import time
 from collections import deque
@@ -12,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -134,9 +133,11 @@ def predict_each(
             raise ValueError(f"{name}={given!r}; required: one of {', '.join(known)}")
     out = Path(out)
     if isinstance(segmenter, str | Path):
-        folder, segmenter = segmenter, load(segmenter)
-        if not isinstance(segmenter, Segmenter):
-            raise InputError(folder, "a model that was not adapted", "an adapted model", "Run `medmeta adapt` first.")
+        loaded = load(segmenter)
+        if not isinstance(loaded, Segmenter):
+            required, remedy = "an adapted model", "Run `medmeta adapt` first."
+            raise InputError(segmenter, "a model that was not adapted", required, remedy)
+        segmenter = loaded
     paths = [inputs] if isinstance(inputs, str | Path) else inputs
     scans = list_scans(paths, len(segmenter.channels), recursive=recursive, besides=out)
     refuse_own_inputs(scans.values(), out)
@@ -173,10 +174,10 @@ def predict_each(
 
 @dataclass
 class Read:
-    """A scan that is read, on its way to the network; `scan` is None where it is still to be read."""
+    """A scan that is read, on its way to the network."""
 
     job: Scan
-    scan: Volume | None
+    scan: Volume
     stages: dict[str, float] = field(default_factory=dict)
     files: tuple[dict[str, Any], ...] = ()
 
@@ -228,8 +229,12 @@ class Work:
         made = self.segment(read) if isinstance(read, Read) else read
         return self.write(made) if isinstance(made, Made) else made
 
-    def read(self, job: Scan, keep: bool, *, at_most: float = math.inf) -> Read | Prediction:
-        """Read a scan, unless it would take more than `at_most` bytes, or its label map is there to be kept."""
+    @overload
+    def read(self, job: Scan, keep: bool) -> Read | Prediction: ...
+    @overload
+    def read(self, job: Scan, keep: bool, *, at_most: float) -> Read | Prediction | None: ...
+    def read(self, job: Scan, keep: bool, *, at_most: float = math.inf) -> Read | Prediction | None:
+        """Read a scan, unless its label map is there to be kept; None where it would take more than `at_most` bytes."""
         if keep and (kept := _kept(self.output(job))):
             volumes = structure_volumes(kept, self.segmenter.targets)
             return Prediction(job.files[0], self.output(job), "kept", volumes_ml=volumes, name=job.name)
@@ -241,7 +246,7 @@ class Work:
                 math.isfinite(at_most)
                 and sum(read_header(file).nbytes for file in job.files if not job.slices) > at_most
             ):
-                return Read(job, None)
+                return None
             scan = job.read()
             files = tuple(described(file) for file in job.sources())
             self._require_fit(job, scan)
@@ -268,8 +273,8 @@ class Work:
             read.stages |= stages
             return Made(read, labels, scores, (*notes, *([note] if note else [])))
         required = "more memory; smaller windows and the CPU were tried"
-        error = InputError(read.job.files[0], f"too little memory ({lacking})", required, "Crop the scan.")
-        return self._failed(read.job, error, read.files)
+        lack = InputError(read.job.files[0], f"too little memory ({lacking})", required, "Crop the scan.")
+        return self._failed(read.job, lack, read.files)
 
     def write(self, made: Made) -> Prediction:
         """Write a label map and what belongs to it."""
@@ -329,27 +334,27 @@ class Work:
 
 def _in_smaller_windows(segmenter: Segmenter) -> Segmenter:
     stride = segmenter.model.learner.net.stride
-    patch = tuple(min(side, max(stride, side // 2 // stride * stride)) for side in segmenter.patch)
+    x, y, z = (min(side, max(stride, side // 2 // stride * stride)) for side in segmenter.patch)
     overview = None if segmenter.overview is None else _in_smaller_windows(segmenter.overview)
-    return replace(segmenter, patch=patch, overview=overview)
+    return replace(segmenter, patch=(x, y, z), overview=overview)
 
 
 def _locally(work: Work, jobs: Sequence[tuple[Scan, bool]], start: Callable[[Scan], None]) -> Iterator[Prediction]:
     """Segment one scan after the other, the next one read and the last one written meanwhile."""
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
 
-        def ahead(job: Scan, keep: bool) -> Future[Read | Prediction]:
+        def ahead(job: Scan, keep: bool) -> Future[Read | Prediction | None]:
             if not keep:
                 start(job)
             return reader.submit(work.read, job, keep, at_most=AHEAD_BYTES)
 
-        coming = ahead(*jobs[0]) if jobs else None
+        coming = deque(ahead(*first) for first in jobs[:1])
         going: deque[Future[Prediction]] = deque()
-        for (job, keep), following in itertools.zip_longest(jobs, jobs[1:]):
-            read = coming.result()
-            if isinstance(read, Read) and read.scan is None:
+        for number, (job, keep) in enumerate(jobs, start=1):
+            read = coming.popleft().result()
+            if read is None:
                 read = work.read(job, keep)
-            coming = ahead(*following) if following else None
+            coming.extend(ahead(*following) for following in jobs[number : number + 1])
             made = work.segment(read) if isinstance(read, Read) else read
             del read
             if isinstance(made, Made):
@@ -358,7 +363,7 @@ def _locally(work: Work, jobs: Sequence[tuple[Scan, bool]], start: Callable[[Sca
                 going.append(Future())
                 going[-1].set_result(made)
             del made
-            while going and (len(going) > 1 or coming is None or going[0].done()):
+            while going and (len(going) > 1 or not coming or going[0].done()):
                 yield going.popleft().result()
 
 

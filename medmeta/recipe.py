@@ -182,10 +182,11 @@ def train_recipe(
         build_learner(phase.learner, net, **phase.options)
     training, held_out = prepared or prepare_tasks(recipe, folder, progress)
     precision = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
-    learner: MetaLearner | None = None
+    learner = _next_learner(recipe.phases[0], net, None, training)
     history: list[Row] = []
     for number, phase in enumerate(recipe.phases):
-        learner = _next_learner(phase, net, learner, training)
+        if number > 0:
+            learner = _next_learner(phase, net, learner, training)
         sampler = _sampler(recipe, number, training)
         settings = asdict(phase.episodes) | {"augment": False, "mirror": False}
         checks = EpisodeSampler(held_out, **settings, seed=recipe.seed + 7919)
@@ -259,7 +260,8 @@ class Prepared(NamedTuple):
 def prepare_tasks(recipe: Recipe, folder: Path, progress: Progress | None = None) -> Prepared:
     """Split the patients of every task and prepare their scans in `folder`/store. Errors as of `train_recipe`."""
     shelves = Store(folder / "store")
-    training, held_out = [], []
+    training: list[StoredTask] = []
+    held_out: list[StoredTask] = []
     for task in recipe.tasks:
         patients = len(task.labelled.patients)
         count = max(2, round(recipe.validation_share * patients))
@@ -287,7 +289,8 @@ def prepare_tasks(recipe: Recipe, folder: Path, progress: Progress | None = None
 
 def _split(task: Task, held_out: int, seed: int) -> tuple[Task, Task]:
     labelled = task.labelled
-    return split_patients(labelled, [len(labelled.patients) - held_out, held_out], seed)
+    trained_on, validated_on = split_patients(labelled, [len(labelled.patients) - held_out, held_out], seed)
+    return trained_on, validated_on
 
 
 def _next_learner(phase: Phase, net: SegNet, before: MetaLearner | None, tasks: Sequence[StoredTask]) -> MetaLearner:

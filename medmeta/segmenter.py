@@ -191,7 +191,7 @@ class Segmenter:
         if probabilities is None:
             grid, bands = self._bands(scan, overlap, focus, device, precision, predictor, seconds)
         else:
-            grid, bands = probabilities, [(0, probabilities.data)]
+            grid, bands = probabilities, iter([(0, probabilities.data)])
         before, started = seconds.get("network", 0.0), time.perf_counter()
         indices = index_map(grid.affine, scan.affine)
         certainty = Certainty()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,7 +108,8 @@ class Preprocess:
                 wanted = stride * max(2, round(edge / self.spacing[axis] / stride))
                 sides[axis] = min(largest[axis], wanted)
             free = [axis for axis in free if axis not in full] if full else []
-        return tuple(sides)
+        x, y, z = sides
+        return x, y, z
 
     def overview(self, patch: Sequence[int], shapes: Sequence[Sequence[int]]) -> Preprocess | None:
         """The same on a grid `COARSER` times coarser, where a patch shows less than `SEEN` of a scan; None elsewhere.
@@ -118,13 +121,18 @@ class Preprocess:
         if math.prod(patch) >= SEEN * float(torch.tensor([math.prod(shape) for shape in shapes]).median()):
             return None
         finest = COARSER * min(self.spacing)
-        return replace(self, spacing=tuple(round(max(side, finest), 3) for side in self.spacing))
+        x, y, z = (round(max(side, finest), 3) for side in self.spacing)
+        return replace(self, spacing=(x, y, z))
 
     def forward(self, scan: Volume) -> Volume:
         """The scan on the working grid, RAS+, intensities scaled: (C, X, Y, Z) float32. NaN and infinity count as 0."""
         from monai.transforms import NormalizeIntensity, ScaleIntensityRange
 
-        grid = self._resample(scan.data.float().nan_to_num(0.0, 0.0, 0.0), scan.affine)
+        given = scan.data.float()
+        # A copy of a large scan is half a gigabyte: only where there is something to replace.
+        if not torch.stack(torch.aminmax(given)).isfinite().all():
+            given = given.nan_to_num(0.0, 0.0, 0.0)
+        grid = self._resample(given, scan.affine)
         if self.window is not None:
             # The window maps to -2..2, about the range that MR has after its own scaling.
             data = ScaleIntensityRange(*self.window, -2.0, 2.0, clip=True)(grid.data)
@@ -140,14 +148,12 @@ class Preprocess:
         Classes are resampled as probabilities, as the image is, and the largest wins. A structure thinner than a
         working voxel can break.
         """
-        best = value = None
-        for label in (0, IGNORED, *range(1, classes + 1)):
+        best = self._resample((mask == 0).float(), affine).data[0]
+        value = torch.zeros(best.shape, dtype=torch.int8)
+        for label in (IGNORED, *range(1, classes + 1)):
             share = self._resample((mask == label).float(), affine).data[0]
-            if best is None:
-                best, value = share, torch.zeros(share.shape, dtype=torch.int8)
-            else:
-                wins = share > best
-                best, value = torch.where(wins, share, best), torch.where(wins, label, value)
+            wins = share > best
+            best, value = torch.where(wins, share, best), torch.where(wins, label, value)
         return value.to(torch.int8)
 
     def inverse(self, scores: Volume, like: Volume) -> Volume:
@@ -171,9 +177,10 @@ class Preprocess:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, object]) -> Preprocess:
+    def from_dict(cls, values: dict[str, Any]) -> Preprocess:
         """The inverse of `to_dict`; lists become tuples."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **tuples})
 
     def _resample(self, data: Tensor, affine: Tensor) -> Volume:
         from monai.data import MetaTensor
@@ -181,10 +188,11 @@ class Preprocess:
 
         # A rounding difference in the spacing is no reason to interpolate.
         canonical = Orientation("RAS", labels=None)(MetaTensor(data, affine=affine))
-        own = canonical.affine[:3, :3].norm(dim=0)
+        # Both transforms give MetaTensors; MONAI's annotations say Tensor.
+        own = canonical.affine[:3, :3].norm(dim=0)  # type: ignore[attr-defined]
         wanted = [w if abs(w - o) > 0.01 * w else o for w, o in zip(self.spacing, own.tolist(), strict=True)]
-        resampled = Spacing(wanted, mode="bilinear", padding_mode="border", dtype=torch.float32)(canonical)
-        return Volume(_plain(resampled), resampled.affine.to(torch.float64))
+        resampled = Spacing(wanted, mode="bilinear", padding_mode="border", dtype=np.float32)(canonical)
+        return Volume(_plain(resampled), resampled.affine.to(torch.float64))  # type: ignore[attr-defined]
 
     def _restore(self, scores: Volume, like: Volume, first: int, last: int) -> Tensor:
         from monai.data import MetaTensor
@@ -192,15 +200,15 @@ class Preprocess:
 
         offset = torch.eye(4, dtype=torch.float64)
         offset[2, 3] = first
-        resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=torch.float32)
+        resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=np.float32)
         size = (*like.shape[:2], last - first)
         source = MetaTensor(scores.data.float(), affine=scores.affine)
         return _plain(resample(source, dst_affine=like.affine @ offset, spatial_size=size))
 
 
-def _plain(data: Tensor) -> Tensor:
+def _plain(data: np.ndarray | Tensor) -> Tensor:
     # MONAI's MetaTensors leak through higher and slow everything down.
-    return (data.as_tensor() if hasattr(data, "as_tensor") else data).float().contiguous()
+    return (data.as_tensor() if hasattr(data, "as_tensor") else torch.as_tensor(data)).float().contiguous()
 
 
 def _tissue(channel: Tensor, percentiles: tuple[float, float]) -> tuple[tuple[float, float], float, float]:

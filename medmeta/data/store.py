@@ -258,7 +258,8 @@ class Store:
         with self._making() as beside:
             for name in _ARRAYS:
                 np.save(beside / f"{name}.npy", getattr(prepared, name))
-            np.savez(beside / "places.npz", **{str(label): voxels for label, voxels in prepared.places.items()})
+            places = {str(label): voxels for label, voxels in prepared.places.items()}
+            np.savez(beside / "places.npz", **places)  # type: ignore[arg-type]  # no key is allow_pickle
             (beside / _CHECKSUMS).write_text(json.dumps(_checksums(beside)), encoding="utf-8")
             try:
                 os.rename(beside, place)
