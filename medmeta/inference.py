@@ -103,7 +103,7 @@ def openvino_predictor(
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # windows have one shape: its branches may be fixed
-        warnings.simplefilter("ignore", FutureWarning)  # OpenVINO has no other way in that needs no further package
+        warnings.simplefilter("ignore", FutureWarning)  # torch means to drop tracing; OpenVINO reads it best
         # Not openvino.convert_model, which reports to its makers that it was used.
         front = FrontEndManager().load_by_framework("pytorch")
         traced = TorchScriptPythonDecoder(Network(), example_input=torch.zeros(tuple(shape)))
