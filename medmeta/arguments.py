@@ -24,7 +24,7 @@ Background = Annotated[
     typer.Option("--background", metavar="1,4", help="Label values that count as background."),
 ]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the config.")]
-ModelFolder = Annotated[Path, typer.Argument(help="Folder of a model, or organs3d, which comes along.")]
+ModelFolder = Annotated[Path, typer.Argument(help="Folder of a model, or organs3d.")]
 Precision = Annotated[
     str, typer.Option("--precision", help="float32, bfloat16, or auto: bfloat16 where the processor has it.")
 ]
