@@ -17,6 +17,10 @@ from medmeta.episode import IGNORED
 ORGAN_VOXELS = 32
 """Working voxels along the longest side of a task's smallest structure, where the scans resolve that many."""
 
+COARSEST = 3.5
+"""Working voxels are at most this wide, mm, where the scans are finer: the border of a large organ needs that much, and
+two kidneys under one label are no organ as large as the way from one to the other."""
+
 ANISOTROPY = 2.5
 """Thick slices keep their spacing up to this multiple of the finest working spacing."""
 
@@ -53,8 +57,9 @@ class Preprocess:
     def fit(cls, scans: Sequence[tuple[Volume, Tensor]], modality: str) -> Preprocess:
         """Choose spacing and intensity rule from scans and their masks.
 
-        The spacing lets the smallest structure span about `ORGAN_VOXELS` voxels, but never resolves finer than the
-        scans do; axes with thick slices keep them up to `ANISOTROPY` times that.
+        The spacing lets the smallest structure span about `ORGAN_VOXELS` voxels, more where they would be wider than
+        `COARSEST`, but never resolves finer than the scans do; axes with thick slices keep them up to `ANISOTROPY`
+        times that.
 
         Args:
             scans: pairs of scan (C, X, Y, Z) and mask (1, X, Y, Z) with values 0..K, -1 ignored.
@@ -75,7 +80,7 @@ class Preprocess:
             raise ValueError("no foreground in any support scan; required: at least one labelled voxel")
         native = torch.tensor(spacings, dtype=torch.float64).median(dim=0).values.tolist()
         smallest = min(float(torch.tensor(sizes).median()) for sizes in extents.values())
-        finest = max(smallest / ORGAN_VOXELS, min(native))
+        finest = max(min(smallest / ORGAN_VOXELS, COARSEST), min(native))
         spacing = tuple(round(min(max(side, finest), ANISOTROPY * finest), 3) for side in native)
         if modality != "CT":
             return cls(modality, spacing)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from medmeta.data import preprocess as module
-from medmeta.data.preprocess import ANISOTROPY, ORGAN_VOXELS, Preprocess
+from medmeta.data.preprocess import ANISOTROPY, COARSEST, ORGAN_VOXELS, Preprocess
 from medmeta.data.volume import Volume
 from medmeta.episode import IGNORED
 
@@ -153,12 +153,19 @@ def scan_and_mask(shape=(20, 20, 20), spacing=(1.0, 1.0, 1.0), size=10, orientat
 
 
 def test_spacing_lets_the_smallest_organ_span_the_wanted_voxels():
-    # 60 voxels of 2 mm are 120 mm: coarser than the scan, so that it spans 32 voxels.
-    pre = Preprocess.fit([scan_and_mask((64, 64, 64), (2.0, 2.0, 2.0), size=60)], "MR")
-    assert pre.spacing == pytest.approx((120 / ORGAN_VOXELS,) * 3, abs=1e-3)
-    scan, mask = scan_and_mask((64, 64, 64), (2.0, 2.0, 2.0), size=60)
+    # 50 voxels of 2 mm are 100 mm: coarser than the scan, so that it spans 32 voxels.
+    pre = Preprocess.fit([scan_and_mask((64, 64, 64), (2.0, 2.0, 2.0), size=50)], "MR")
+    assert pre.spacing == pytest.approx((100 / ORGAN_VOXELS,) * 3, abs=1e-3)
+    scan, mask = scan_and_mask((64, 64, 64), (2.0, 2.0, 2.0), size=50)
     mask[0, 5:9, 5:9, 5:9] = 2
     assert Preprocess.fit([(scan, mask)], "MR").spacing == (2.0, 2.0, 2.0), "a small class rules"
+
+
+def test_a_large_organ_keeps_its_border_and_two_under_one_label_are_not_one_large_one():
+    scan, mask = scan_and_mask((96, 40, 40), (3.0, 3.0, 3.0), size=30)
+    mask[0, 70:94, 2:26, 2:26] = 1  # 276 mm from end to end
+    assert Preprocess.fit([(scan, mask)], "MR").spacing == (COARSEST,) * 3
+    assert Preprocess.fit([scan_and_mask((40, 40, 40), (4.0, 4.0, 4.0), size=38)], "MR").spacing == (4.0, 4.0, 4.0)
 
 
 @given(
@@ -170,7 +177,7 @@ def test_spacing_lets_the_smallest_organ_span_the_wanted_voxels():
 def test_spacing_follows_scan_and_anisotropy(spacing, size, orientation):
     scan, mask = scan_and_mask((14, 14, 14), spacing, size, orientation)
     chosen = Preprocess.fit([(scan, mask)], "MR").spacing
-    finest = max(size * max(spacing) / ORGAN_VOXELS, min(spacing))
+    finest = max(min(size * max(spacing) / ORGAN_VOXELS, COARSEST), min(spacing))
     assert min(chosen) >= min(spacing) - 1e-3, "never finer than the scan resolves"
     assert max(chosen) <= ANISOTROPY * finest + 1e-3, "thick slices keep their spacing only up to a limit"
     for side, own in zip(chosen, spacing, strict=True):
