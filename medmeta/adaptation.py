@@ -336,10 +336,10 @@ def with_unlabelled(support: StoredTask, task: Task, seed: int) -> tuple[StoredT
             made.append(tuple(prepare_unlabelled(task, cases[number], view.preprocess) for view in support.views))
         except InputError as error:
             notes.append(str(error))
-    support, *overviews = (
+    views = (
         replace(view, unlabelled=tuple(case[number] for case in made)) for number, view in enumerate(support.views)
     )
-    return replace(support, overview=overviews[0] if overviews else None), notes
+    return StoredTask.of_views(views), notes
 
 
 def adapt_support(
@@ -365,13 +365,17 @@ def adapt_support(
         return make_segmenter(model, task, support, state, {})
     half = replace(budget, steps=budget.steps // 2, minutes=budget.minutes and budget.minutes / 2)
     first = replace(half, steps=budget.steps - half.steps)
-
-    def tell_from(done: int) -> Callable[[int, int, float], None] | None:
-        return progress and (lambda step, _steps, loss: progress(done + step, budget.steps, loss))
-
     fine = replace(support, overview=None)
     segmenter = adapt_support(
-        model, task, fine, method, first, seed, device=device, precision=precision, progress=tell_from(0)
+        model,
+        task,
+        fine,
+        method,
+        first,
+        seed,
+        device=device,
+        precision=precision,
+        progress=_told_from(progress, 0, budget.steps),
     )
     overview = adapt_support(
         model,
@@ -382,10 +386,17 @@ def adapt_support(
         seed,
         device=device,
         precision=precision,
-        progress=tell_from(first.steps),
+        progress=_told_from(progress, first.steps, budget.steps),
     )
     patients = len({case.patient for case in support.cases})
     return replace(segmenter, overview=overview, overview_share=FEW_SHARE if patients < 3 else OVERVIEW_SHARE)
+
+
+def _told_from(
+    progress: Callable[[int, int, float], None] | None, done: int, steps: int
+) -> Callable[[int, int, float], None] | None:
+    """Progress of a part that begins after `done` steps of `steps`."""
+    return progress and (lambda step, _, loss: progress(done + step, steps, loss))
 
 
 def make_segmenter(model: Model, task: Task, support: StoredTask, state: State, card: dict[str, object]) -> Segmenter:
@@ -495,11 +506,8 @@ def _self_train(
     first = replace(budget, steps=part, minutes=minutes[0] or None)
     second = replace(budget, steps=budget.steps - part, minutes=minutes[1])
     where = Where(device=device, precision=precision)
-
-    def after(done: int) -> Callable[[int, int, float], None] | None:
-        return progress and (lambda step, _steps, loss: progress(done + step, budget.steps, loss))
-
-    teacher = adapt_support(model, task, support, "finetune", first, seed, progress=after(0), **where)
+    told = _told_from(progress, 0, budget.steps)
+    teacher = adapt_support(model, task, support, "finetune", first, seed, progress=told, **where)
     cases = {case.id: case for case in task.cases}
     guessed: list[list[StoredCase]] = [[] for _ in support.views]
     for number, stored in enumerate(support.unlabelled):
@@ -509,11 +517,11 @@ def _self_train(
             working = view.preprocess.forward_mask(mask, scan.affine, support.classes).numpy()
             places = find_places(working, support.classes)
             made.append(replace(view.unlabelled[number], mask=working, places=places))
-    fine, *coarse = (
+    support = StoredTask.of_views(
         replace(view, cases=_alternating(view.cases, made)) for view, made in zip(support.views, guessed, strict=True)
     )
-    support = replace(fine, overview=coarse[0] if coarse else None)
-    student = adapt_support(model, task, support, "finetune", second, seed, progress=after(part), **where)
+    told = _told_from(progress, part, budget.steps)
+    student = adapt_support(model, task, support, "finetune", second, seed, progress=told, **where)
     return replace(student, card=teacher.card, single=teacher.single, overview_share=teacher.overview_share)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,6 +84,12 @@ class StoredTask:
     def views(self) -> tuple[StoredTask, ...]:
         """The task itself, and its overview where it has one."""
         return (replace(self, overview=None), *(self.overview.views if self.overview else ()))
+
+    @classmethod
+    def of_views(cls, views: Iterable[StoredTask]) -> StoredTask:
+        """The inverse of `views`."""
+        fine, *coarse = views
+        return replace(fine, overview=cls.of_views(coarse) if coarse else None)
 
     def only(self, ids: Collection[str]) -> StoredTask:
         """The task with those of its labelled scans alone, on each grid."""
