@@ -80,6 +80,9 @@ and the share is k times less."""
 OVERVIEW_SHARE, FEW_SHARE = 1 / 3, 1 / 2
 """Weight of the overview's probabilities; the second with 1 and 2 scans, which teach places before borders."""
 
+OVERVIEW_FROM = 200
+"""Steps from which on an overview is learned too; fewer are all for the finer grid."""
+
 UNLABELLED = 12
 """Unlabelled scans that self-training learns from at most."""
 
@@ -356,11 +359,11 @@ def adapt_support(
 ) -> Segmenter:
     """A segmenter from prepared scans by one method, "auto" not among them. Arguments as of `adapt_to`.
 
-    An overview is learned with half of the steps and minutes, of half as many patches.
+    From `OVERVIEW_FROM` steps on, an overview is learned with half of them and of the minutes, of half as many patches.
     """
     if method == "self_training":
         return _self_train(model, task, support, budget, seed, device, precision, progress)
-    if support.overview is None:
+    if support.overview is None or (method != "inner" and budget.steps < OVERVIEW_FROM):
         state = adapt_prepared(model.learner, support, method, budget, seed, device, precision, progress)
         return make_segmenter(model, task, support, state, {})
     half = replace(budget, steps=budget.steps // 2, minutes=budget.minutes and budget.minutes / 2)
@@ -388,8 +391,8 @@ def adapt_support(
         precision=precision,
         progress=_told_from(progress, first.steps, budget.steps),
     )
-    patients = len({case.patient for case in support.cases})
-    return replace(segmenter, overview=overview, overview_share=FEW_SHARE if patients < 3 else OVERVIEW_SHARE)
+    few = len(task.labelled.patients) < 3
+    return replace(segmenter, overview=overview, overview_share=FEW_SHARE if few else OVERVIEW_SHARE)
 
 
 def _told_from(
@@ -522,7 +525,7 @@ def _self_train(
     )
     told = _told_from(progress, part, budget.steps)
     student = adapt_support(model, task, support, "finetune", second, seed, progress=told, **where)
-    return replace(student, card=teacher.card, single=teacher.single, overview_share=teacher.overview_share)
+    return replace(student, card=teacher.card, single=teacher.single)
 
 
 def _label_where_sure(segmenter: Segmenter, scan: Volume, **options: Any) -> torch.Tensor:

@@ -49,7 +49,7 @@ class Plan:
     patients: int = 10
     support: int = 3
     test: int = 6
-    steps: tuple[int, ...] = (5, 20, 60)
+    steps: tuple[int, ...] = (30, 60, 120)
     pretrain_steps: int = 320
     meta_steps: int = 40
     voxels: int = 24**3

@@ -46,6 +46,14 @@ SEEN_FROM = 0.05
 SCORE_BYTES = 64 * 2**20
 """Interpolated probabilities that are held at a time."""
 
+LEVELS = 9
+"""Of how easily a class wins over the background, see `levels_of`."""
+
+LEVEL_STEP = math.sqrt(2.0)
+"""By how much less the background counts from one level to the next."""
+
+_ROOM = 16  # numbers that the code of a class takes; at least LEVELS
+
 
 def torch_predictor(
     learner: MetaLearner, state: State, *, device: torch.device | str = "cpu", precision: torch.dtype = torch.float32
@@ -318,13 +326,43 @@ def context_rows(indices: Tensor, shape: Sequence[int]) -> int:
     return math.ceil(tilt - 1e-6) + 1
 
 
+def levels_of(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The most probable foreground class 1..K, and the level from which on it wins over the background.
+
+    At level L the background's probability is divided by `LEVEL_STEP` ** L: at level 0 the most probable of all classes
+    wins. `LEVELS` stands for a background that wins at every level.
+
+    Args:
+        scores: (1+K, *S).
+
+    Returns:
+        Two int16 tensors (*S).
+    """
+    highest, best = scores[1:].max(dim=0)
+    level = torch.zeros_like(best, dtype=torch.int16)
+    for number in range(LEVELS):
+        level += scores[0] * LEVEL_STEP**-number >= highest
+    return (best + 1).to(torch.int16), level
+
+
+def _code(scores: Tensor) -> Tensor:
+    """Class and level in one number, int16; 0 where the background always wins."""
+    best, level = levels_of(scores)
+    return torch.where(level < LEVELS, best * _ROOM + level, 0)
+
+
 def restore_labels(
-    bands: Iterable[Band], shape: Sequence[int], indices: Tensor, like: Sequence[int], values: Sequence[int]
+    bands: Iterable[Band],
+    shape: Sequence[int],
+    indices: Tensor,
+    like: Sequence[int],
+    values: Sequence[int],
+    levels: Callable[[], Sequence[int]] | None = None,
 ) -> Tensor:
     """The most probable class at every voxel of the scan, probabilities interpolated linearly.
 
-    Where all eight voxels around a point agree on the class, so does every mixture of them: only the voxels of the
-    scan that lie between classes are interpolated.
+    Where all eight voxels around a point agree on the class, and on its level, so does every mixture of them: only the
+    voxels of the scan that lie between classes are interpolated.
 
     Args:
         bands: as of `sliding_bands` with `context_rows` rows of context.
@@ -332,13 +370,14 @@ def restore_labels(
         indices: as of `index_map`.
         like: (X, Y, Z) of the scan.
         values: label value of each class, the background first.
+        levels: gives, once all bands were seen, the level of each foreground class (`levels_of`); 0 for all when None.
 
     Returns:
         (1, X, Y, Z) int32.
     """
     labels = torch.empty(tuple(like), dtype=torch.int32)
     between = [bool((row - row.round()).abs().max() > 1e-6) for row in indices[:3]]
-    table = torch.tensor(values, dtype=torch.int32)
+    decide = _code if levels else _most_probable
     axis = int(indices[0, :3].abs().argmax())
     across = [k for k in range(3) if k != axis]
     slab = max(1, SLAB_VOXELS // (like[across[0]] * like[across[1]]))
@@ -351,8 +390,7 @@ def restore_labels(
     asks = reach.clamp(max=shape[0] - 1).tolist()
     made = 0
     for first, rows in bands:
-        classes = rows.argmax(dim=0).to(torch.int16)
-        cells = _agreed(classes, between)
+        cells = _agreed(decide(rows), between)
         stop = made
         while stop < len(asks) and asks[stop] < first + rows.shape[1]:
             stop += 1
@@ -361,9 +399,19 @@ def restore_labels(
             low, high = int(part.min()), int(part.max()) + 1
             ranges = [range(low, high) if k == axis else range(like[k]) for k in range(3)]
             place = tuple(slice(r.start, r.stop) for r in ranges)
-            labels[place] = table[_slab(rows, cells, first, shape, indices, ranges, between).int()]
+            labels[place] = _slab(rows, cells, first, shape, indices, ranges, between, decide)
         made = stop
+    table = torch.tensor(values, dtype=torch.int32)
+    if levels:
+        chosen = torch.tensor([0, *levels()]).unsqueeze(1)
+        table = torch.where(torch.arange(_ROOM) <= chosen, table.unsqueeze(1), values[0]).flatten()
+    for part in labels.split(slab):
+        part.copy_(table[part])
     return labels.unsqueeze(0)
+
+
+def _most_probable(scores: Tensor) -> Tensor:
+    return scores.argmax(dim=0).to(torch.int16)
 
 
 def _agreed(classes: Tensor, between: Sequence[bool]) -> Tensor:
@@ -388,8 +436,9 @@ def _slab(
     indices: Tensor,
     ranges: Sequence[range],
     between: Sequence[bool],
+    decide: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Classes of a box of the scan's voxels: (X, Y, Z) int16 on the CPU."""
+    """What is decided for a box of the scan's voxels: (X, Y, Z) int16 on the CPU."""
     lower, share = [], []
     for row, size, fraction in zip(indices[:3], shape, between, strict=True):
         # A grid that is not tilted varies along one axis only, and its coordinates stay that small.
@@ -420,5 +469,5 @@ def _slab(
                 (number + up).clamp(max=size - 1) for number, up, size in zip(corner, step, rows.shape[1:], strict=True)
             )
             scores += product * rows[:, i, j, k]
-        classes[at] = scores.argmax(dim=0).to(torch.int16)
+        classes[at] = decide(scores)
     return classes.cpu()

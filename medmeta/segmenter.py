@@ -111,6 +111,7 @@ class Segmenter:
         overview: a segmenter of the same classes on a coarser grid, whose windows show more of the scan; its
             probabilities are mixed into those of this one (`blend`).
         overview_share: their weight, 0 to 1.
+        best_dice: labels are those whose expected Dice is best (`Certainty`); otherwise the most probable class.
     """
 
     model: Model
@@ -124,6 +125,7 @@ class Segmenter:
     single: tuple[int, ...] = ()
     overview: Segmenter | None = None
     overview_share: float = 0.5
+    best_dice: bool = True
 
     def __repr__(self) -> str:
         return f"Segmenter({segmenter_line(self)})"
@@ -194,8 +196,10 @@ class Segmenter:
             grid, bands = probabilities, iter([(0, probabilities.data)])
         before, started = seconds.get("network", 0.0), time.perf_counter()
         indices = index_map(grid.affine, scan.affine)
-        certainty = Certainty()
-        labels = restore_labels(certainty.watch(bands), grid.shape, indices, scan.shape, [0, *self.labels])
+        certainty = Certainty(self.best_dice)
+        values = [0, *self.labels]
+        levels = certainty.levels if self.best_dice else None
+        labels = restore_labels(certainty.watch(bands), grid.shape, indices, scan.shape, values, levels)
         labels = keep_largest(labels, self.single)
         seconds["restore"] = time.perf_counter() - started - (seconds.get("network", 0.0) - before)
         classes = {
@@ -251,6 +255,7 @@ class Segmenter:
             "patch": self.patch,
             "card": self.card,
             "single": self.single,
+            "best_dice": self.best_dice,
         }
         files = {WEIGHTS: self.model.learner.state_dict(), STATE: self.state}
         if self.overview is not None:
@@ -312,6 +317,7 @@ def load(folder: str | Path) -> Model | Segmenter:
             tuple(adapted["patch"]),
             adapted["card"],
             tuple(adapted.get("single", ())),
+            best_dice=bool(adapted.get("best_dice", True)),
         )
         _require_fit(segmenter)
         if overview := adapted.get("overview"):

@@ -50,7 +50,7 @@ def run(way: str, options: argparse.Namespace, answer: Connection) -> None:
     labels = tuple(range(1, options.classes + 1))
     preprocess = Preprocess("CT", (options.working,) * 3, (-400.0, 400.0))
     patch = (options.patch,) * 3
-    segmenter = Segmenter(model, {}, preprocess, {"all": labels}, labels, ("CT",), patch)
+    segmenter = Segmenter(model, {}, preprocess, {"all": labels}, labels, ("CT",), patch, best_dice=options.best_dice)
     before, started = peak_gib(), time.perf_counter()
     if way == "medmeta":
         result = segmenter.predict(volume, predictor=lambda _: windows).data
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--patch", type=int, default=64)
     parser.add_argument("--only", choices=("medmeta", "MONAI"))
+    parser.add_argument("--best-dice", action="store_true", help="label as predict does by default, not as MONAI does")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     print(f"{'way':<10}{'peak GiB':>10}{'on top':>10}{'seconds':>10}  other labels")

@@ -82,9 +82,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4, help="sw_batch_size of the plain pipeline")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    # Both ways do the same: one network on one grid, all its pieces.
+    # Both ways do the same: one network on one grid, the most probable class, all its pieces.
     whole = load(options.model)
-    segmenter = replace(whole, single=(), overview=None)
+    segmenter = replace(whole, single=(), overview=None, best_dice=False)
     scans = [path for path in sorted(options.folder.iterdir()) if is_volume(path)][: options.scans]
     ways: dict[str, Callable[[Path], object]] = {
         "plain MONAI": lambda out: plain(segmenter, scans, out, options.windows),

@@ -33,6 +33,8 @@ from medmeta.evaluate import score_case
 from medmeta.losses import dice_cross_entropy
 from medmeta.segmenter import Segmenter
 
+pytestmark = pytest.mark.usefixtures("overview_from_the_first_step")
+
 TWO = {"anterior": (1,), "posterior": (2,)}
 
 
@@ -368,6 +370,18 @@ def test_a_patch_that_shows_little_of_a_scan_has_an_overview(task):
         assert same(made.state, state)
         assert made.preprocess == view.preprocess
     assert segmenter.overview.targets == segmenter.targets
+
+
+def test_few_steps_are_all_for_the_finer_grid(task, monkeypatch):
+    import medmeta.adaptation as module
+
+    monkeypatch.setattr(module, "OVERVIEW_FROM", 3)
+    model = tiny_model()
+    support = prepare_support(task, 16**3, stride=2)
+    short, longer = (adapt_support(model, task, support, budget=Budget(steps=steps)) for steps in (2, 3))
+    assert short.overview is None
+    assert same(short.state, adapt_prepared(model.learner, replace(support, overview=None), budget=Budget(steps=2)))
+    assert longer.overview is not None
 
 
 def test_an_overview_counts_more_where_there_are_few_scans(task, three):

@@ -14,10 +14,12 @@ from medmeta.data.preprocess import Preprocess
 from medmeta.data.volume import Volume
 from medmeta.errors import InputError
 from medmeta.inference import (
+    LEVELS,
     blend,
     collect,
     context_rows,
     index_map,
+    levels_of,
     openvino_predictor,
     restore_labels,
     seen_by,
@@ -137,6 +139,28 @@ def test_labels_by_bands_are_those_of_the_whole_volume(affine, working, monkeypa
     assert labels.dtype == torch.int32
     assert len(expected.unique()) > 1, "a test of one class would show nothing"
     assert torch.equal(labels, torch.tensor([0, 7, 40000], dtype=torch.int32)[expected.int()])
+    bands = sliding_bands(smooth, (8, 8, 8), network, context=context)
+    lowered = restore_labels(bands, grid.shape, indices, scan.shape, [0, 7, 40000], lambda: [1, 2])
+    brought = preprocess.inverse(Volume(whole, grid.affine), scan).data
+    best = brought[1:].argmax(dim=0)
+    wins = brought[1:].amax(dim=0) > brought[0] / torch.tensor([2**0.5, 2.0])[best]
+    expected = torch.where(wins, torch.tensor([7, 40000])[best], 0)
+    assert not torch.equal(lowered, labels)
+    # Where two of the probabilities are equal up to rounding, either class is right.
+    assert float((lowered[0] != expected).float().mean()) < 1e-3
+
+
+def test_a_level_is_how_much_less_the_background_has_to_count():
+    scores = torch.tensor(
+        [[0.6, 0.39, 0.5, 0.9, 0.0, 0.97], [0.3, 0.6, 0.5, 0.06, 0.0, 0.03], [0.1, 0.01, 0, 0.04, 0, 0]]
+    )
+    best, level = levels_of(scores.reshape(3, 2, 3, 1))
+    assert best.flatten().tolist() == [1, 1, 1, 1, 1, 1]
+    assert level.flatten().tolist() == [3, 0, 1, 8, LEVELS, LEVELS]
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(4, 5, 5, 5, generator=generator)
+    best, level = levels_of(scores)
+    assert torch.equal(torch.where(level == 0, best.long(), 0), scores.argmax(dim=0))
 
 
 def test_only_wanted_windows_are_segmented():

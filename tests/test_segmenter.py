@@ -39,7 +39,7 @@ def support(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def segmenter(support) -> Segmenter:
+def segmenter(support, overview_from_the_first_step) -> Segmenter:
     targets = {"anterior": (1,), "posterior": (2,)}
     return adapt(
         tiny_model(), support / "images", support / "labels", targets=targets, budget=Budget(steps=20, rate=2e-2)
@@ -248,7 +248,7 @@ def test_probabilities_are_probabilities_and_decide_the_labels(segmenter):
     assert torch.allclose(scores.data.sum(dim=0), torch.ones(scores.shape), atol=1e-4)
     assert scores.orientation == "RAS"
     brought_back = segmenter.preprocess.inverse(scores, scan).data.argmax(dim=0)
-    raw = replace(segmenter, single=())
+    raw = replace(segmenter, single=(), best_dice=False)
     assert torch.equal(raw.predict(scan).data[0], torch.tensor([0, *segmenter.labels])[brought_back].int())
     # Plain tensors that may be worked on.
     scores.data.mul_(2)
