@@ -12,19 +12,10 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import torch
 
-from medmeta.data.preprocess import Preprocess
 from medmeta.data.sampler import Augment, draw_patch
-from medmeta.data.store import (
-    StoredCase,
-    StoredTask,
-    find_places,
-    fit_preprocess,
-    prepare,
-    prepare_unlabelled,
-    read_scan,
-)
-from medmeta.data.tasks import Case, Task, pair_folders
-from medmeta.data.volume import Volume, read_channels, read_labels
+from medmeta.data.store import StoredCase, StoredTask, find_places, read_scan
+from medmeta.data.tasks import Task
+from medmeta.data.volume import Volume
 from medmeta.episode import IGNORED, Examples, State
 from medmeta.errors import InputError
 from medmeta.evaluate import mean_score, score_case
@@ -34,9 +25,9 @@ from medmeta.losses import dice_cross_entropy
 from medmeta.networks import build_network
 from medmeta.postprocess import keep_largest, one_piece
 from medmeta.segmenter import Model, Segmenter, as_model
+from medmeta.support import prepare_support, require_targets, support_patches, support_task, with_unlabelled
 from medmeta.train import autocast
 from medmeta.tuning import TUNINGS, tune_all
-from medmeta.worklist import list_scans
 
 METHODS = ("inner", *TUNINGS, "self_training", "scratch")
 """The learner's own rule; every way to fine-tune; "finetune" twice, the second time from unlabelled scans too; and
@@ -82,9 +73,6 @@ OVERVIEW_SHARE, FEW_SHARE = 1 / 3, 1 / 2
 
 OVERVIEW_FROM = 200
 """Steps from which on an overview is learned too; fewer are all for the finer grid."""
-
-UNLABELLED = 12
-"""Unlabelled scans that self-training learns from at most."""
 
 SURE = 0.8
 """Probability from which a voxel of an unlabelled scan gets the label that the network gives it."""
@@ -159,7 +147,7 @@ def adapt_to(
         raise ValueError(f"method {method!r}; required: one of auto, {', '.join(METHODS)}")
     model = as_model(model)
     support = prepare_support(task, model.voxels, stride=model.learner.net.stride)
-    _require_targets(task, support)
+    require_targets(task, support)
     where = Where(device=device, precision=precision)
     started = time.monotonic()
     folds = _folds(task.labelled.patients, seed) if method == "auto" else []
@@ -221,17 +209,6 @@ def _folds(patients: Sequence[str], seed: int) -> list[list[str]]:
     return [order[number::count] for number in range(count)]
 
 
-def _require_targets(task: Task, support: StoredTask) -> None:
-    # A class that no scan holds would be learned as "never", without a word.
-    present = {label for case in support.cases for label in case.places}
-    for name, values in task.targets.items():
-        if not any(set(atom) <= set(values) for number, atom in enumerate(task.atoms, start=1) if number in present):
-            found = f"no voxel of {name} = {list(values)} in any of the {len(support.cases)} label maps"
-            folder = next(case.labels.parent for case in task.cases if case.labels is not None)
-            remedy = "Label it in one scan, or leave the target out."
-            raise InputError(folder, found, "each target in a support scan", remedy)
-
-
 def adapt(
     model: Model | Segmenter,
     images: str | Path,
@@ -262,87 +239,6 @@ def adapt(
         images, labels, targets=targets, modality=modality, background=background, unlabelled=unlabelled
     )
     return adapt_to(model, task, **options)
-
-
-def support_task(
-    images: str | Path,
-    labels: str | Path,
-    *,
-    targets: Mapping[str, Sequence[int]] | None = None,
-    modality: Literal["CT", "MR"] | None = None,
-    background: Sequence[int] = (),
-    unlabelled: Sequence[str | Path] = (),
-) -> Task:
-    """The task that two folders of scans and label maps make. Arguments and errors as of `adapt`."""
-    named = targets or {"any": (max(background, default=0) + 1,)}
-    task = pair_folders(images, labels, targets=named, modality=modality or "MR", background=background)
-    if targets is None:
-        paths = [case.labels for case in task.cases if case.labels is not None]
-        values = {value for path in paths for value in read_labels(path).data.unique().tolist()}
-        values -= {0, *background}
-        if not values:
-            remedy = "Label an organ, or name other folders."
-            raise InputError(labels, "only background", "a label above 0 in some label map", remedy)
-        found = {f"label {value}": (value,) for value in sorted(values)}
-        task = pair_folders(images, labels, targets=found, modality=task.modality, background=background)
-    if modality is None:
-        task = replace(task, modality=guess_modality(task))
-    known = {path.resolve() for case in task.cases for path in case.images}
-    others = list_scans(unlabelled, len(task.channels)) if unlabelled else {}
-    more = [
-        Case(f"unlabelled/{name}", f"unlabelled/{name}", scan.files)
-        for name, scan in others.items()
-        if not known & {path.resolve() for path in scan.files}
-    ]
-    return replace(task, cases=(*task.cases, *more))
-
-
-def guess_modality(task: Task) -> Literal["CT", "MR"]:
-    """CT where every scan reaches below -50, as fat and air do in HU and MR signal does not; MR otherwise."""
-    lowest = [float(read_channels(case.images).data.nan_to_num(0.0, 0.0, 0.0).min()) for case in task.cases]
-    return "CT" if max(lowest) < -50 else "MR"
-
-
-def prepare_support(task: Task, voxels: int, *, stride: int = 8, preprocess: Preprocess | None = None) -> StoredTask:
-    """The labelled scans of a task on a working grid fitted to them, in memory.
-
-    Where a patch shows little of a scan, there is an overview too (`Preprocess.overview`): what tells one structure
-    from another is often where it lies. Its patches have twice the voxels. It needs to show every class that the finer
-    grid shows.
-    """
-    preprocess = preprocess or fit_preprocess(task)
-    support = _prepare_on(task, voxels, stride, preprocess)
-    coarse = preprocess.overview(support.patch, [case.mask.shape for case in support.cases])
-    if coarse is None:
-        return support
-    overview = _prepare_on(task, 2 * voxels, stride, coarse)
-    lost = any(set(a.places) != set(b.places) for a, b in zip(support.cases, overview.cases, strict=True))
-    return support if lost else replace(support, overview=overview)
-
-
-def _prepare_on(task: Task, voxels: int, stride: int, preprocess: Preprocess) -> StoredTask:
-    cases = tuple(prepare(task, case, preprocess) for case in task.labelled.cases)
-    patch = preprocess.patch(voxels, [case.mask.shape for case in cases], stride)
-    return StoredTask(task.name, task.classes, patch, cases, preprocess)
-
-
-def with_unlabelled(support: StoredTask, task: Task, seed: int) -> tuple[StoredTask, list[str]]:
-    """The support with `UNLABELLED` scans at most of the task that have no label map, and why others cannot be used."""
-    cases = [case for case in task.cases if case.labels is None]
-    order = np.random.default_rng([seed, 3]).permutation(len(cases))
-    made: list[tuple[StoredCase, ...]] = []
-    notes = []
-    for number in order:
-        if len(made) == UNLABELLED:
-            break
-        try:
-            made.append(tuple(prepare_unlabelled(task, cases[number], view.preprocess) for view in support.views))
-        except InputError as error:
-            notes.append(str(error))
-    views = (
-        replace(view, unlabelled=tuple(case[number] for case in made)) for number, view in enumerate(support.views)
-    )
-    return StoredTask.of_views(views), notes
 
 
 def adapt_support(
@@ -462,8 +358,8 @@ def adapt_prepared(
         rng = np.random.default_rng([seed, 0, step])
         # Over one step and the next, every scan comes up as often as any other.
         chosen = [support.cases[(step * budget.patches + n) % len(support.cases)] for n in range(budget.patches)]
-        patches = [_patch(support, case, augment, rng) for case in chosen]
-        examples = _for_network(learner, _examples(patches, support.classes)).to(device)
+        patches = [augment(*draw_patch(case, support.patch, rng), rng) for case in chosen]
+        examples = _for_network(learner, Examples.of(patches, support.classes)).to(device)
         optimiser.zero_grad()
         with autocast(device, precision):
             logits = net(examples.image, tuning.assemble(moved))
@@ -542,32 +438,8 @@ def _alternating(labelled: Sequence[StoredCase], guessed: Sequence[StoredCase]) 
     return tuple(pair[turn % len(pair)] for turn in range(turns) for pair in (labelled, guessed))
 
 
-def support_patches(support: StoredTask, seed: int = 0, most: int = 16) -> Examples:
-    """Patches that show each scan around each of its classes and once anywhere, as many as `most` or the scans."""
-    rng = np.random.default_rng([seed, 1])
-    cases, classes = support.cases, support.classes
-    patches = []
-    for number in range(max(len(cases), min(most, len(cases) * (classes + 1)))):
-        label = 1 + (number // len(cases)) % (classes + 1)
-        around = [label] if label <= classes else []
-        patches.append(draw_patch(cases[number % len(cases)], support.patch, rng, labels=around))
-    return _examples(patches, classes)
-
-
 def _to_cpu(state: State) -> State:
     return {name: tensor.detach().cpu() for name, tensor in state.items()}
-
-
-def _patch(
-    support: StoredTask, case: StoredCase, augment: Augment | None, rng: np.random.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    image, mask = draw_patch(case, support.patch, rng)
-    return augment(image, mask, rng) if augment else (image, mask)
-
-
-def _examples(patches: Sequence[tuple[torch.Tensor, torch.Tensor]], classes: int) -> Examples:
-    images, masks = zip(*patches, strict=True)
-    return Examples(torch.stack(images), torch.stack(masks), classes)
 
 
 def _for_network(learner: MetaLearner, examples: Examples) -> Examples:

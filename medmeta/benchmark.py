@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medmeta.adaptation import METHODS, Budget, Where, adapt_support, prepare_support, with_unlabelled
+from medmeta.adaptation import METHODS, Budget, Where, adapt_support
 from medmeta.data.store import StoredTask
 from medmeta.data.tasks import Task
 from medmeta.errors import InputError
@@ -27,6 +27,7 @@ from medmeta.recipe import Prepared, Progress, Recipe, phase_episodes, prepare_t
 from medmeta.report import arm_panels, describe_adaptation, learning_curves
 from medmeta.review import write_comparison
 from medmeta.segmenter import Model
+from medmeta.support import prepare_support, with_unlabelled
 from medmeta.train import Row, autocast
 
 BASELINE = "transfer"

@@ -223,11 +223,12 @@ def adapt(
 
     Example: medmeta adapt model --images scans --labels labels --target kidney=2,3 --out kidney
     """
-    from medmeta.adaptation import Budget, adapt_to, support_task
+    from medmeta.adaptation import Budget, adapt_to
     from medmeta.console import Reporter
     from medmeta.inference import fastest_precision
     from medmeta.review import write_adaptation
     from medmeta.segmenter import load, refuse_existing
+    from medmeta.support import support_task
 
     match modality:
         case None | "CT" | "MR":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,6 +48,12 @@ class Examples:
             raise ValueError(
                 f"mask values {int(self.mask.min())}..{int(self.mask.max())}; required: -1..{self.classes}"
             )
+
+    @classmethod
+    def of(cls, patches: Iterable[tuple[Tensor, Tensor]], classes: int) -> Examples:
+        """From pairs of an image (C, *S) and its mask (*S), all of one shape."""
+        images, masks = zip(*patches, strict=True)
+        return cls(torch.stack(images), torch.stack(masks), classes)
 
     def __len__(self) -> int:
         return self.image.shape[0]

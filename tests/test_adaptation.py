@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import like, nifti, phantom, tiny_2d, tiny_model, write_pairs
+from small import like, phantom, tiny_2d, tiny_model, write_pairs
 
 from medmeta.adaptation import (
     CANDIDATES,
@@ -20,18 +20,15 @@ from medmeta.adaptation import (
     adapt_prepared,
     adapt_support,
     adapt_to,
-    guess_modality,
-    prepare_support,
-    support_task,
-    with_unlabelled,
 )
 from medmeta.data.preprocess import Preprocess
-from medmeta.data.tasks import Case, Task, pair_folders
+from medmeta.data.tasks import Case, Task
 from medmeta.data.volume import Volume, read_volume, write_volume
 from medmeta.errors import InputError
 from medmeta.evaluate import score_case
 from medmeta.losses import dice_cross_entropy
 from medmeta.segmenter import Segmenter
+from medmeta.support import prepare_support, support_task, with_unlabelled
 
 pytestmark = pytest.mark.usefixtures("overview_from_the_first_step")
 
@@ -349,20 +346,9 @@ def test_prepared_support_and_segmenter_equal_the_short_way(task):
     assert prepare_support(task, model.voxels, preprocess=given).preprocess == given
 
 
-def test_a_patch_that_shows_little_of_a_scan_has_an_overview(task):
+def test_an_overview_is_learned_with_half_of_the_steps(task):
     model = tiny_model()
     support = prepare_support(task, 16**3, stride=2)
-    fine, coarse = support.preprocess.spacing, support.overview.preprocess.spacing
-    assert all(c == pytest.approx(max(f, 2 * min(fine)), abs=1e-3) for f, c in zip(fine, coarse, strict=True))
-
-    def seen(view):
-        return math.prod(view.patch) / view.cases[0].mask.size
-
-    assert seen(support) < 0.25
-    assert seen(support.overview) > 2 * seen(support)
-    assert [case.id for case in support.overview.cases] == [case.id for case in support.cases]
-    assert prepare_support(task, 64**3, stride=2).overview is None
-    assert support.only([]).overview.cases == ()
     segmenter = adapt_support(model, task, support, budget=Budget(steps=3))
     for view, made, steps in ((support, segmenter, 2), (support.overview, segmenter.overview, 1)):
         patches = 2 if view is support else 1
@@ -388,46 +374,6 @@ def test_an_overview_counts_more_where_there_are_few_scans(task, three):
     budget = Budget(steps=2)
     few, more = (adapt_to(tiny_model(), each, method="finetune", budget=budget) for each in (task, three))
     assert (few.overview_share, more.overview_share) == (1 / 2, 1 / 3)
-
-
-def test_there_is_no_overview_of_what_is_lost_on_a_coarser_grid(tmp_path):
-    write_pairs(tmp_path, cases=(0, 1))
-    scan, labels = phantom(2, 0)
-    data = torch.where(labels.data == 1, 1, 0)
-    middle = [size // 2 + 1 for size in labels.shape]
-    data[(0, *middle)] = 2
-    write_volume(like(labels, data), tmp_path / "labels" / "case0.nii.gz")
-    task = support_task(tmp_path / "images", tmp_path / "labels", targets=TWO)
-    native = prepare_support(task, 16**3, stride=2).preprocess
-    spacing = tuple(float(side) for side in scan.affine[:3, :3].norm(dim=0))
-    support = prepare_support(task, 16**3, stride=2, preprocess=replace(native, spacing=spacing))
-    assert 2 in support.cases[0].places
-    assert support.overview is None
-
-
-def test_modality_is_told_from_the_scans(tmp_path):
-    for index, modality in ((2, "CT"), (1, "MR")):
-        folder = write_pairs(tmp_path / modality, index)
-        assert support_task(folder / "images", folder / "labels").modality == modality
-        other = "MR" if modality == "CT" else "CT"
-        assert support_task(folder / "images", folder / "labels", modality=other).modality == other
-
-
-@pytest.mark.parametrize(
-    ("values", "modality"),
-    [
-        ([0.0, 900.0], "MR"),
-        ([-3.0, 3.0], "MR"),
-        ([-1000.0, 2000.0], "CT"),
-        ([math.nan, 500.0], "MR"),
-        ([-math.inf, 500.0], "MR"),
-        ([math.nan, -1024.0], "CT"),
-    ],
-)
-def test_modality_from_intensities(values, modality, tmp_path):
-    path = nifti(tmp_path / "a.nii.gz", np.resize(np.array(values, dtype=np.float32), (3, 3, 3)))
-    task = Task("t", "o", "MR", {"o": (1,)}, (Case("a", "a", (path,), None),))
-    assert guess_modality(task) == modality
 
 
 def copy_of(support: Path, folder: Path) -> Path:
@@ -543,34 +489,6 @@ def test_self_training_learns_on_each_grid_what_both_make_together(scans, monkey
         assert 0.05 < (each.cases[1].mask == 1).mean() < 0.95
 
 
-def test_unlabelled_scans_are_listed_without_those_of_the_support(support, tmp_path):
-    (tmp_path / "all").mkdir()
-    for case in (1, 2, 3):
-        write_volume(phantom(2, case)[0], tmp_path / "all" / f"case{case}.nii.gz")
-    shutil.copytree(support / "labels", tmp_path / "labels")
-    (tmp_path / "labels" / "case0.nii.gz").unlink()
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "case1.nii.gz").symlink_to(tmp_path / "all" / "case1.nii.gz")
-    task = support_task(tmp_path / "images", tmp_path / "labels", targets=TWO, unlabelled=[tmp_path / "all"])
-    assert [case.id for case in task.cases] == ["case1", "unlabelled/case2", "unlabelled/case3"]
-    assert [case.labels is None for case in task.cases] == [False, True, True]
-    with pytest.raises(InputError, match="nothing at this path"):
-        support_task(tmp_path / "images", tmp_path / "labels", targets=TWO, unlabelled=[tmp_path / "none"])
-
-
-def test_at_most_so_many_unlabelled_scans_are_read(scans, monkeypatch):
-    import medmeta.adaptation as module
-
-    monkeypatch.setattr(module, "UNLABELLED", 2)
-    many = [replace(scans.cases[-1], id=f"new{number}") for number in range(5)]
-    task = replace(scans, cases=(*scans.labelled.cases, *many))
-    support = prepare_support(task, 16**3, stride=2)
-    drawn = [tuple(case.id for case in with_unlabelled(support, task, seed)[0].unlabelled) for seed in (0, 0, 1, 2, 3)]
-    assert all(len(set(ids)) == 2 for ids in drawn)
-    assert drawn[0] == drawn[1]
-    assert len(set(drawn)) > 1
-
-
 def test_a_nan_scan_is_refused_and_a_few_nan_voxels_are_not(support, tmp_path):
     folder = copy_of(support, tmp_path / "s")
     scan, _ = phantom(2, 0)
@@ -593,11 +511,6 @@ def test_a_scan_of_a_few_voxels(tmp_path):
     segmenter = adapt(tiny_model(), tmp_path / "images", tmp_path / "labels", budget=Budget(steps=2))
     assert finite(segmenter.state)
     assert segmenter.predict(scan).shape == (3, 4, 2)
-
-
-def test_pairing_is_that_of_the_tasks(support, task):
-    paired = pair_folders(support / "images", support / "labels", targets=TWO, modality="CT")
-    assert (paired.cases, paired.targets, paired.modality) == (task.cases, task.targets, task.modality)
 
 
 def test_a_real_set_from_one_scan(shared_data, tmp_path):

@@ -14,12 +14,13 @@ from matplotlib.image import imread
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 from small import phantom, tiny_model
 
-from medmeta.adaptation import make_segmenter, prepare_support
+from medmeta.adaptation import make_segmenter
 from medmeta.data.tasks import Case, Task
 from medmeta.data.volume import Volume, write_volume
 from medmeta.episode import Episode, Examples
 from medmeta.prediction import Prediction
 from medmeta.segmenter import Segmentation, Segmenter
+from medmeta.support import prepare_support
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=\"alert('2')\"> & '"
 

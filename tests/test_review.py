@@ -19,7 +19,7 @@ from matplotlib.image import imread, imsave
 from small import tiny_model, write_pairs
 
 from medmeta import review
-from medmeta.adaptation import Budget, adapt_to, support_task
+from medmeta.adaptation import Budget, adapt_to
 from medmeta.benchmark import summarise
 from medmeta.data.tasks import Task
 from medmeta.errors import InputError
@@ -36,6 +36,7 @@ from medmeta.review import (
     write_review,
 )
 from medmeta.segmenter import Segmenter
+from medmeta.support import support_task
 
 TARGETS = {"left ball": (3,), "right ball": (7,)}
 COLOURS = {"left ball": (230, 159, 0), "right ball": (86, 180, 233)}

@@ -242,7 +242,7 @@ class EpisodeSampler:
         table[-1] = IGNORED
         table[chosen] = torch.arange(1, len(chosen) + 1)
         cases = {case.id: case for case in task.cases}
-        images, masks = [], []
+        patches = []
         for number, name in enumerate(names):
             # One class after the other, so that every class of the episode is looked for.
             label = chosen[number % len(chosen)]
@@ -251,6 +251,5 @@ class EpisodeSampler:
                 image, mask = self._augment[plan.number](image, mask, rng)
             if plan.flips:
                 image, mask = image.flip([axis + 1 for axis in plan.flips]), mask.flip(plan.flips)
-            images.append(image)
-            masks.append(table[mask])
-        return Examples(torch.stack(images), torch.stack(masks), len(chosen))
+            patches.append((image, table[mask]))
+        return Examples.of(patches, len(chosen))
