@@ -18,7 +18,6 @@ import pytest
 from matplotlib.image import imread, imsave
 from small import tiny_model, write_pairs
 
-from medmeta import review
 from medmeta.adaptation import Budget, adapt_to
 from medmeta.benchmark import summarise
 from medmeta.data.tasks import Task
@@ -357,7 +356,7 @@ def test_a_package_without_the_viewer_is_named(tmp_path, monkeypatch):
         def locate_file(self, path: str) -> Path:
             return tmp_path / "widget.js"
 
-    monkeypatch.setattr(review, "distribution", lambda name: Empty())
+    monkeypatch.setattr("medmeta.review.page.distribution", lambda name: Empty())
     for content in (None, "export default {}", f'x = "{"a%20" * 30000}"'):
         if content is not None:
             (tmp_path / "widget.js").write_text(content)
@@ -671,7 +670,9 @@ def test_what_was_not_left_out_has_no_scores(adaptation, tmp_path):
 def test_only_the_loss_of_the_model_that_is_kept_is_drawn(adaptation, tmp_path, monkeypatch):
     segmenter, task, told = adaptation
     drawn = []
-    monkeypatch.setattr(review, "learning_curves", lambda history, path: (drawn.extend(history), path.touch()))
+    monkeypatch.setattr(
+        "medmeta.review.adaptation.learning_curves", lambda history, path: (drawn.extend(history), path.touch())
+    )
     write_adaptation(tmp_path, segmenter, task, losses=told)
     assert len(told) > 2
     assert [(row["step"], row["loss"]) for row in drawn] == [(1, told[-2][2]), (2, told[-1][2])]
