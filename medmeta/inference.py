@@ -359,7 +359,7 @@ def restore_labels(
     values: Sequence[int],
     levels: Callable[[], Sequence[int]] | None = None,
 ) -> Tensor:
-    """The most probable class at every voxel of the scan, probabilities interpolated linearly.
+    """The most probable class at every voxel of the scan, or by `levels`; probabilities are interpolated linearly.
 
     Where all eight voxels around a point agree on the class, and on its level, so does every mixture of them: only the
     voxels of the scan that lie between classes are interpolated.
