@@ -48,6 +48,7 @@ class Trial:
         rate: Adam's peak step size.
         patches: patches of one adaptation step.
         tolerance_mm: of surface Dice.
+        best_dice: which labels are scored, see `Segmenter`.
         seed: decides test patients, support sets and patches.
 
     Raises:
@@ -62,6 +63,7 @@ class Trial:
     rate: float = 2e-3
     patches: int = 2
     tolerance_mm: float = 2.0
+    best_dice: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -134,6 +136,7 @@ def compare(
             where = Where(device=device, precision=precision)
             segmenter = adapt_support(model, support_task, support, method, budget, draw, **where)
             seconds = time.perf_counter() - started
+            segmenter = replace(segmenter, best_dice=trial.best_dice)
             scores = [score_case(segmenter, task, case, trial.tolerance_mm, **where) for case in test.cases]
             result = {"arm": name, "shots": shots, "draw": draw, "method": method, "steps": steps}
             result |= {"adapt_seconds": round(seconds, 2), "support": [case.id for case in support_task.labelled.cases]}
