@@ -33,17 +33,19 @@ class Reporter:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
-            disable=not console.is_terminal,
         )
 
     def __enter__(self) -> Reporter:
-        self._progress.__enter__()
+        # Elsewhere Rich before 14.3 ends a bar that was never shown with an empty line.
+        if self.console.is_terminal:
+            self._progress.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.__exit__(kind, error, trace)
+        if self.console.is_terminal:
+            self._progress.__exit__(kind, error, trace)
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` parts of `what` are finished."""
