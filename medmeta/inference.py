@@ -52,8 +52,6 @@ LEVELS = 9
 LEVEL_STEP = math.sqrt(2.0)
 """By how much less the background counts from one level to the next."""
 
-_ROOM = 16  # numbers that the code of a class takes; at least LEVELS
-
 
 def torch_predictor(
     learner: MetaLearner, state: State, *, device: torch.device | str = "cpu", precision: torch.dtype = torch.float32
@@ -348,7 +346,7 @@ def levels_of(scores: Tensor) -> tuple[Tensor, Tensor]:
 def _code(scores: Tensor) -> Tensor:
     """Class and level in one number, int16; 0 where the background always wins."""
     best, level = levels_of(scores)
-    return torch.where(level < LEVELS, best * _ROOM + level, 0)
+    return torch.where(level < LEVELS, best * LEVELS + level, 0)
 
 
 def restore_labels(
@@ -404,7 +402,7 @@ def restore_labels(
     table = torch.tensor(values, dtype=torch.int32)
     if levels:
         chosen = torch.tensor([0, *levels()]).unsqueeze(1)
-        table = torch.where(torch.arange(_ROOM) <= chosen, table.unsqueeze(1), values[0]).flatten()
+        table = torch.where(torch.arange(LEVELS) <= chosen, table.unsqueeze(1), values[0]).flatten()
     for part in labels.split(slab):
         part.copy_(table[part])
     return labels.unsqueeze(0)
