@@ -13,17 +13,18 @@ import numpy as np
 import torch
 
 from medmeta.data.sampler import Augment, draw_patch
-from medmeta.data.store import StoredCase, StoredTask, find_places, read_scan
+from medmeta.data.store import StoredTask
 from medmeta.data.tasks import Task
-from medmeta.data.volume import Volume
-from medmeta.episode import IGNORED, Examples, State
+from medmeta.episode import Examples, State
 from medmeta.errors import InputError
 from medmeta.evaluate import mean_score, score_case
 from medmeta.forecast import forecast
 from medmeta.learners import MetaLearner
 from medmeta.losses import dice_cross_entropy
 from medmeta.networks import build_network
-from medmeta.postprocess import keep_largest, one_piece
+from medmeta.postprocess import one_piece
+from medmeta.pseudo_labels import with_pseudo_labels
+from medmeta.registration import ATLASES, Carried, make_atlas
 from medmeta.segmenter import Model, Segmenter, as_model
 from medmeta.support import prepare_support, require_targets, support_patches, support_task, with_unlabelled
 from medmeta.train import autocast
@@ -74,8 +75,9 @@ OVERVIEW_SHARE, FEW_SHARE = 1 / 3, 1 / 2
 OVERVIEW_FROM = 200
 """Steps from which on an overview is learned too; fewer are all for the finer grid."""
 
-SURE = 0.8
-"""Probability from which a voxel of an unlabelled scan gets the label that the network gives it."""
+ALONE, ROUNDS = 1 / 2, 3
+"""Share of the steps that self-training learns from the labelled scans alone, and rounds in which it then labels the
+unlabelled ones and goes on with them too."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def adapt_to(
     method: str = "auto",
     budget: Budget = Budget(),
     seed: int = 0,
+    atlases: int = ATLASES,
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
     progress: Callable[[int, int, float], None] | None = None,
@@ -133,6 +136,8 @@ def adapt_to(
             unlabelled scans.
         budget: how long each fine-tuning takes; with "auto" the minutes are those of all of them together.
         seed: which patches and augmentations are drawn.
+        atlases: labelled scans at most whose labels are carried to others by registration too. The segmenter then
+            holds these scans, on a coarser grid.
         device: where to adapt.
         precision: bfloat16 runs the network under autocast.
         progress: called with (step, steps, loss).
@@ -168,7 +173,9 @@ def adapt_to(
         for left_out in folds:
             others = task.labelled.of_patients([name for name in task.labelled.patients if name not in left_out])
             rest = support.only({case.id for case in others.cases})
-            segmenter = adapt_support(model, others, rest, candidate, part, seed, progress=tell, **where)
+            segmenter = adapt_support(
+                model, others, rest, candidate, part, seed, atlases=atlases, progress=tell, **where
+            )
             told += part.steps
             for case in task.labelled.of_patients(left_out).cases:
                 scores[candidate].append(score_case(segmenter, task, case, 2.0, **where))
@@ -187,7 +194,7 @@ def adapt_to(
         elif method != "auto":
             found = f"no unlabelled scan that can be used ({'; '.join(notes) or 'none given'})"
             raise InputError(f"task {task.name}", found, "one or more for self-training", "Use method finetune.")
-    segmenter = adapt_support(model, task, support, chosen, full, seed, progress=tell, **where)
+    segmenter = adapt_support(model, task, support, chosen, full, seed, atlases=atlases, progress=tell, **where)
     card: dict[str, Any] = {"method": chosen, "seed": seed, **({} if chosen == "inner" else asdict(full))}
     card["seconds"] = round(time.monotonic() - started, 1)
     if support.unlabelled or notes:
@@ -249,6 +256,8 @@ def adapt_support(
     budget: Budget = Budget(),
     seed: int = 0,
     *,
+    start: Segmenter | None = None,
+    atlases: int = ATLASES,
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
     progress: Callable[[int, int, float], None] | None = None,
@@ -256,39 +265,29 @@ def adapt_support(
     """A segmenter from prepared scans by one method, "auto" not among them. Arguments as of `adapt_to`.
 
     From `OVERVIEW_FROM` steps on, an overview is learned with half of them and of the minutes, of half as many patches.
+    `start` is a segmenter of the same classes on the same grids to go on from: then there is one if that has one.
     """
     if method == "self_training":
-        return _self_train(model, task, support, budget, seed, device, precision, progress)
-    if support.overview is None or (method != "inner" and budget.steps < OVERVIEW_FROM):
-        state = adapt_prepared(model.learner, support, method, budget, seed, device, precision, progress)
-        return make_segmenter(model, task, support, state, {})
+        return _self_train(model, task, support, budget, seed, atlases, device, precision, progress)
+
+    def learn(view: StoredTask, part: Budget, done: int, before: Segmenter | None) -> Segmenter:
+        told = _told_from(progress, done, budget.steps)
+        begin = before.state if before else None
+        state = adapt_prepared(model.learner, view, method, part, seed, device, precision, told, begin)
+        return make_segmenter(model, task, view, state, {})
+
+    kept = support.cases[:: -(-len(support.cases) // atlases)] if atlases else ()
+    made = tuple(make_atlas(case.image[0], case.mask, support.preprocess.spacing) for case in kept)
+    alone = start.overview is None if start else method != "inner" and budget.steps < OVERVIEW_FROM
+    if support.overview is None or alone:
+        return replace(learn(support, budget, 0, start), atlases=made)
     half = replace(budget, steps=budget.steps // 2, minutes=budget.minutes and budget.minutes / 2)
     first = replace(half, steps=budget.steps - half.steps)
-    fine = replace(support, overview=None)
-    segmenter = adapt_support(
-        model,
-        task,
-        fine,
-        method,
-        first,
-        seed,
-        device=device,
-        precision=precision,
-        progress=_told_from(progress, 0, budget.steps),
-    )
-    overview = adapt_support(
-        model,
-        task,
-        support.overview,
-        method,
-        replace(half, patches=max(1, budget.patches // 2)),
-        seed,
-        device=device,
-        precision=precision,
-        progress=_told_from(progress, first.steps, budget.steps),
-    )
-    few = len(task.labelled.patients) < 3
-    return replace(segmenter, overview=overview, overview_share=FEW_SHARE if few else OVERVIEW_SHARE)
+    coarse = replace(half, patches=max(1, budget.patches // 2))
+    segmenter = learn(support, first, 0, start)
+    overview = learn(support.overview, coarse, first.steps, start and start.overview)
+    share = FEW_SHARE if len(task.labelled.patients) < 3 else OVERVIEW_SHARE
+    return replace(segmenter, overview=overview, overview_share=share, atlases=made)
 
 
 def _told_from(
@@ -317,8 +316,9 @@ def adapt_prepared(
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
     progress: Callable[[int, int, float], None] | None = None,
+    begin: State | None = None,
 ) -> State:
-    """What `learner` learns from prepared scans on one grid. Arguments as of `adapt_support`."""
+    """What `learner` learns from prepared scans on one grid, from `begin` on. Arguments as of `adapt_support`."""
     learner = learner.to(device).eval()
     if method == "inner":
         examples = _for_network(learner, support_patches(support, seed)).to(device)
@@ -326,7 +326,9 @@ def adapt_prepared(
             return _to_cpu(learner.adapt(examples))
     net, channels = learner.net, support.cases[0].image.shape[0]
     with torch.no_grad():
-        if method == "scratch":
+        if begin is not None:
+            start = {name: tensor.to(device) for name, tensor in begin.items()}
+        elif method == "scratch":
             start = (
                 build_network(net.spec["name"], seed=seed, **net.spec["options"])
                 .to(device)
@@ -389,53 +391,40 @@ def _self_train(
     support: StoredTask,
     budget: Budget,
     seed: int,
+    atlases: int,
     device: torch.device | str,
     precision: torch.dtype,
     progress: Callable[[int, int, float], None] | None,
 ) -> Segmenter:
-    """Fine-tune for a third of the budget, label the unlabelled scans where that is sure, fine-tune on all of them.
+    """Fine-tune on the labelled scans, then go on in rounds, each from what the last one makes of the unlabelled scans.
 
-    Pseudo-labels (Lee 2013) under strong augmentation, with a new student (Xie 2020, "Self-training with noisy
-    student"). Both grids learn from what the teacher makes of both. Every other patch of the second part is of a
-    labelled scan.
+    Pseudo-labels (Lee 2013) under strong augmentation (Xie 2020, "Self-training with noisy student"). Both grids learn
+    from what they make together. Every other patch of the rounds is of a labelled scan.
     """
-    part = budget.steps // 3
-    share = part / max(1, budget.steps)
-    minutes = (None, None) if budget.minutes is None else (budget.minutes * share, budget.minutes * (1 - share))
-    first = replace(budget, steps=part, minutes=minutes[0] or None)
-    second = replace(budget, steps=budget.steps - part, minutes=minutes[1])
+    alone = round(ALONE * budget.steps)
+    parts = [alone, *(len(part) for part in np.array_split(np.arange(budget.steps - alone), ROUNDS))]
     where = Where(device=device, precision=precision)
-    told = _told_from(progress, 0, budget.steps)
-    teacher = adapt_support(model, task, support, "finetune", first, seed, progress=told, **where)
-    cases = {case.id: case for case in task.cases}
-    guessed: list[list[StoredCase]] = [[] for _ in support.views]
-    for number, stored in enumerate(support.unlabelled):
-        scan = read_scan(task, cases[stored.id])
-        mask = _label_where_sure(teacher, scan, **where)
-        for view, made in zip(support.views, guessed, strict=True):
-            working = view.preprocess.forward_mask(mask, scan.affine, support.classes).numpy()
-            places = find_places(working, support.classes)
-            made.append(replace(view.unlabelled[number], mask=working, places=places))
-    support = StoredTask.of_views(
-        replace(view, cases=_alternating(view.cases, made)) for view, made in zip(support.views, guessed, strict=True)
-    )
-    told = _told_from(progress, part, budget.steps)
-    student = adapt_support(model, task, support, "finetune", second, seed, progress=told, **where)
-    return replace(student, card=teacher.card, single=teacher.single)
+    started = time.monotonic()
+    carried: dict[str, Carried | None] = {}
 
+    def learn(number: int, scans: StoredTask, before: Segmenter | None) -> Segmenter:
+        minutes = None
+        if budget.minutes is not None:
+            left = budget.minutes - (time.monotonic() - started) / 60.0
+            minutes = max(left * parts[number] / max(1, sum(parts[number:])), 1e-6)
+        part = replace(budget, steps=parts[number], minutes=minutes)
+        told = _told_from(progress, sum(parts[:number]), budget.steps)
+        kept = 0 if before else atlases
+        return adapt_support(
+            model, task, scans, "finetune", part, seed + number, start=before, atlases=kept, progress=told, **where
+        )
 
-def _label_where_sure(segmenter: Segmenter, scan: Volume, **options: Any) -> torch.Tensor:
-    """Mask (1, X, Y, Z) on the grid of a scan, -1 where the segmenter is not sure. Options of `probabilities`."""
-    scores = segmenter.probabilities(scan, **options)
-    labels = segmenter.preprocess.inverse_labels(scores, scan, sure=SURE).long()
-    whole = [segmenter.labels.index(value) + 1 for value in segmenter.single]
-    kept = keep_largest(labels, whole)
-    return kept.masked_fill(kept != labels, IGNORED)
-
-
-def _alternating(labelled: Sequence[StoredCase], guessed: Sequence[StoredCase]) -> tuple[StoredCase, ...]:
-    turns = max(len(labelled), len(guessed))
-    return tuple(pair[turn % len(pair)] for turn in range(turns) for pair in (labelled, guessed))
+    segmenter = learn(0, support, None)
+    for number in range(1, len(parts)):
+        scans = with_pseudo_labels(segmenter, task, support, carried, **where)
+        made = learn(number, scans, segmenter)
+        segmenter = replace(segmenter, state=made.state, overview=made.overview)
+    return segmenter
 
 
 def _to_cpu(state: State) -> State:

@@ -25,6 +25,7 @@ Background = Annotated[
 ]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the config.")]
 ModelFolder = Annotated[Path, typer.Argument(help="Folder of a model, or organs3d.")]
+Report = Annotated[Path | None, typer.Option("--report", help="Folder for a page to look at.")]
 Precision = Annotated[
     str, typer.Option("--precision", help="float32, bfloat16, or auto: bfloat16 where the processor has it.")
 ]

@@ -24,6 +24,7 @@ from medmeta.files import read_json, replacing, write_json
 from medmeta.losses import dice_cross_entropy
 from medmeta.measure import median_seconds, peak_memory
 from medmeta.recipe import Prepared, Progress, Recipe, phase_episodes, prepare_tasks, train_recipe, untrained
+from medmeta.registration import ATLASES
 from medmeta.report import arm_panels, describe_adaptation, learning_curves
 from medmeta.review import write_comparison
 from medmeta.segmenter import Model
@@ -49,6 +50,7 @@ class Trial:
         patches: patches of one adaptation step.
         tolerance_mm: of surface Dice.
         best_dice: which labels are scored, see `Segmenter`.
+        atlases: labelled scans at most whose labels are carried by registration too, see `adapt_to`.
         seed: decides test patients, support sets and patches.
 
     Raises:
@@ -64,6 +66,7 @@ class Trial:
     patches: int = 2
     tolerance_mm: float = 2.0
     best_dice: bool = True
+    atlases: int = ATLASES
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -134,7 +137,9 @@ def compare(
             started = time.perf_counter()
             budget = Budget(steps=steps, rate=trial.rate, patches=trial.patches)
             where = Where(device=device, precision=precision)
-            segmenter = adapt_support(model, support_task, support, method, budget, draw, **where)
+            segmenter = adapt_support(
+                model, support_task, support, method, budget, draw, atlases=trial.atlases, **where
+            )
             seconds = time.perf_counter() - started
             segmenter = replace(segmenter, best_dice=trial.best_dice)
             scores = [score_case(segmenter, task, case, trial.tolerance_mm, **where) for case in test.cases]

@@ -25,6 +25,7 @@ from medmeta.arguments import (
     ModelFolder,
     Out,
     Precision,
+    Report,
     Seed,
     Targets,
     Workers,
@@ -214,7 +215,7 @@ def adapt(
     seed: Seed = 0,
     device: Device = "cpu",
     precision: Precision = "auto",
-    report: Annotated[Path | None, typer.Option("--report", help="Folder for a page to look at.")] = None,
+    report: Report = None,
 ) -> None:
     """Adapt a model to a new organ from a few labelled scans, and say how good it will be.
 
@@ -281,9 +282,7 @@ def predict(
     recursive: Annotated[bool, typer.Option("--recursive", help="Search folders within folders.")] = False,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Write probabilities too.")] = False,
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Write DICOM SEG too, for DICOM series.")] = False,
-    report: Annotated[
-        bool, typer.Option("--report", help="Write a page to look at every scan, report/index.html.")
-    ] = False,
+    report: Report = None,
     focus: Annotated[bool, typer.Option("--focus", help="Finely only where the overview sees something.")] = False,
     backend: Backend = "torch",
     engine: Engine = "local",
@@ -332,7 +331,7 @@ def predict(
             reporter("segmenting", len(results), total, note)
         if report:
             page = write_review(
-                out,
+                report,
                 predicted_cases(results),
                 targets=segmenter.targets,
                 title=f"{', '.join(segmenter.targets)}: {len(results)} scans",
@@ -356,9 +355,7 @@ def evaluate(
     target: Targets = None,
     tolerance: Annotated[float, typer.Option(help="Of surface Dice, in mm.")] = 2.0,
     images: Annotated[Path | None, typer.Option("--images", help="Folder of the scans, for --report.")] = None,
-    report: Annotated[
-        Path | None, typer.Option("--report", help="Folder for a page to look at every case, worst first.")
-    ] = None,
+    report: Report = None,
 ) -> None:
     """Compare two folders of label maps: Dice, surface Dice, HD95, missed organs.
 

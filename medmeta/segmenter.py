@@ -36,11 +36,12 @@ from medmeta.inference import (
 from medmeta.learners import MetaLearner, build_learner
 from medmeta.networks import build_network
 from medmeta.postprocess import Certainty, keep_largest
+from medmeta.registration import Atlas, Carried, carry_labels
 from medmeta.representation import segmentation_html, segmentation_line, segmenter_html, segmenter_line
 
 FORMAT = 1
 WEIGHTS, STATE, DESCRIPTION = "weights.safetensors", "state.safetensors", "model.json"
-OVERVIEW = "overview.safetensors"
+OVERVIEW, ATLAS_FILE = "overview.safetensors", "atlases.safetensors"
 
 
 @dataclass
@@ -112,6 +113,8 @@ class Segmenter:
             probabilities are mixed into those of this one (`blend`).
         overview_share: their weight, 0 to 1.
         best_dice: labels are those whose expected Dice is best (`Certainty`); otherwise the most probable class.
+        atlases: labelled scans, coarse, whose labels are carried to a scan by registration and mixed in where that
+            goes well (`carry_labels`).
     """
 
     model: Model
@@ -126,6 +129,7 @@ class Segmenter:
     overview: Segmenter | None = None
     overview_share: float = 0.5
     best_dice: bool = True
+    atlases: tuple[Atlas, ...] = ()
 
     def __repr__(self) -> str:
         return f"Segmenter({segmenter_line(self)})"
@@ -144,6 +148,7 @@ class Segmenter:
         precision: torch.dtype = torch.float32,
         predictor: Callable[[Segmenter], Predictor] | None = None,
         seconds: dict[str, float] | None = None,
+        carried: Carried | None = None,
     ) -> Volume:
         """Class probabilities (1+K, *S) on the working grid.
 
@@ -156,13 +161,13 @@ class Segmenter:
             predictor: gives for a segmenter what segments its windows, see `medmeta.inference`. None: its network, in
                 torch.
             seconds: given the time of each stage.
+            carried: what `carry` gave for this scan, where it was made before.
 
         Raises:
             ValueError: the scan has another number of channels.
         """
-        grid, bands = self._bands(
-            scan, overlap, focus, device, precision, predictor, {} if seconds is None else seconds
-        )
+        seconds = {} if seconds is None else seconds
+        grid, bands = self._bands(scan, overlap, focus, device, precision, predictor, seconds, carried)
         return Volume(collect(bands, grid.shape), grid.affine)
 
     @torch.no_grad()
@@ -176,6 +181,7 @@ class Segmenter:
         precision: torch.dtype = torch.float32,
         predictor: Callable[[Segmenter], Predictor] | None = None,
         seconds: dict[str, float] | None = None,
+        carried: Carried | None = None,
         probabilities: Volume | None = None,
     ) -> Segmentation:
         """Label map (1, X, Y, Z) int32 on exactly the scan's grid.
@@ -184,14 +190,14 @@ class Segmenter:
 
         Args:
             probabilities: those of this scan, where they were made before; the network then does not run.
-            overlap, focus, device, precision, predictor, seconds: as of `probabilities`.
+            overlap, focus, device, precision, predictor, seconds, carried: as of `probabilities`.
 
         Raises:
             ValueError: the scan has another number of channels.
         """
         seconds = {} if seconds is None else seconds
         if probabilities is None:
-            grid, bands = self._bands(scan, overlap, focus, device, precision, predictor, seconds)
+            grid, bands = self._bands(scan, overlap, focus, device, precision, predictor, seconds, carried)
         else:
             grid, bands = probabilities, iter([(0, probabilities.data)])
         before, started = seconds.get("network", 0.0), time.perf_counter()
@@ -208,6 +214,14 @@ class Segmenter:
         }
         return Segmentation(labels, scan.affine, {name: certainty.dice(own) for name, own in classes.items()})
 
+    def carry(self, scan: Volume) -> Carried | None:
+        """What the atlases say of a scan (C, X, Y, Z); None without any. The same for every state of the network."""
+        return self._carry(self.preprocess.forward(scan)) if self.atlases else None
+
+    def _carry(self, working: Volume) -> Carried:
+        spacing = working.affine[:3, :3].norm(dim=0).tolist()
+        return carry_labels(working.data[0].numpy(), spacing, self.atlases, len(self.labels))
+
     def _bands(
         self,
         scan: Volume,
@@ -217,6 +231,7 @@ class Segmenter:
         precision: torch.dtype,
         predictor: Callable[[Segmenter], Predictor] | None,
         seconds: dict[str, float],
+        carried: Carried | None,
     ) -> tuple[Volume, Iterator[Band]]:
         """The working grid, and the probabilities on it as `restore_labels` takes them."""
         if scan.channels != len(self.channels):
@@ -233,8 +248,18 @@ class Segmenter:
         run = timed(run, seconds)
         context = context_rows(index_map(working.affine, scan.affine), scan.shape)
         image = working.data.to(device)
+        if self.atlases and carried is None:
+            started = time.perf_counter()
+            carried = self._carry(working)
+            seconds["registration"] = time.perf_counter() - started
+
+        def with_atlases(bands: Iterator[Band]) -> Iterator[Band]:
+            if carried is None or carried.share == 0.0:
+                return bands
+            return blend(bands, working.shape, carried.probabilities, carried.indices, carried.share)
+
         if self.overview is None:
-            return working, sliding_bands(image, self.patch, run, overlap=overlap, context=context)
+            return working, with_atlases(sliding_bands(image, self.patch, run, overlap=overlap, context=context))
         coarse = self.overview.probabilities(
             scan, overlap=overlap, device=device, precision=precision, predictor=predictor, seconds=seconds
         )
@@ -243,7 +268,7 @@ class Segmenter:
         bands = sliding_bands(
             image, self.patch, run, overlap=overlap, context=context, wanted=wanted, classes=len(self.labels)
         )
-        return working, blend(bands, working.shape, overview, indices, self.overview_share)
+        return working, with_atlases(blend(bands, working.shape, overview, indices, self.overview_share))
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the model folder. Raises InputError where something stands already; `overwrite` replaces a model."""
@@ -265,6 +290,15 @@ class Segmenter:
                 "share": self.overview_share,
             }
             files[OVERVIEW] = self.overview.state
+        if self.atlases:
+            adapted["atlases"] = [
+                {"spacing": atlas.spacing, "mask_spacing": atlas.mask_spacing} for atlas in self.atlases
+            ]
+            files[ATLAS_FILE] = {
+                f"{part}_{number}": getattr(atlas, part)
+                for number, atlas in enumerate(self.atlases)
+                for part in ("image", "mask")
+            }
         _write(folder, self.model._description("adapted") | {"adapted": adapted}, files, overwrite)
 
 
@@ -318,11 +352,14 @@ def load(folder: str | Path) -> Model | Segmenter:
             adapted["card"],
             tuple(adapted.get("single", ())),
             best_dice=bool(adapted.get("best_dice", True)),
+            atlases=_atlases(adapted.get("atlases", []), tensors.get(ATLAS_FILE, {})),
         )
         _require_fit(segmenter)
         if overview := adapted.get("overview"):
             preprocess, patch = Preprocess.from_dict(overview["preprocess"]), tuple(overview["patch"])
-            coarse = replace(segmenter, state=tensors[OVERVIEW], preprocess=preprocess, patch=patch, card={})
+            coarse = replace(
+                segmenter, state=tensors[OVERVIEW], preprocess=preprocess, patch=patch, card={}, atlases=()
+            )
             _require_fit(coarse)
             segmenter = replace(segmenter, overview=coarse, overview_share=float(overview["share"]))
         return segmenter
@@ -334,6 +371,17 @@ def load(folder: str | Path) -> Model | Segmenter:
         raise InputError(
             folder, f"a description and weights that do not fit ({reason})", "a whole model folder", "Copy it again."
         ) from error
+
+
+def _atlases(described: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> tuple[Atlas, ...]:
+    made = []
+    for number, each in enumerate(described):
+        image, mask = tensors[f"image_{number}"], tensors[f"mask_{number}"]
+        spacing, mask_spacing = tuple(map(float, each["spacing"])), tuple(map(float, each["mask_spacing"]))
+        if not (image.ndim == mask.ndim == len(spacing) == len(mask_spacing) == 3 and min(*spacing, *mask_spacing) > 0):
+            raise ValueError(f"atlas {number + 1} of {tuple(image.shape)} voxels; required: three sides of some length")
+        made.append(Atlas(image, spacing, mask, mask_spacing))
+    return tuple(made)
 
 
 def _require_fit(segmenter: Segmenter) -> None:
@@ -357,8 +405,9 @@ def as_model(thing: Model | Segmenter) -> Model:
 
 def _read_checked(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
     path = folder / name
-    if name not in (WEIGHTS, STATE, OVERVIEW):
-        raise InputError(path, "an unknown file in the description", f"{WEIGHTS}, {STATE} or {OVERVIEW}")
+    if name not in (WEIGHTS, STATE, OVERVIEW, ATLAS_FILE):
+        known = f"{WEIGHTS}, {STATE}, {OVERVIEW} or {ATLAS_FILE}"
+        raise InputError(path, "an unknown file in the description", known)
     if not path.is_file():
         raise InputError(path, "no such file", "every file that model.json names", "Copy the model folder again.")
     if _digest(path) != digest:

@@ -15,19 +15,18 @@ from small import like, phantom, tiny_2d, tiny_model, write_pairs
 from medmeta.adaptation import (
     CANDIDATES,
     METHODS,
+    ROUNDS,
     Budget,
     adapt,
     adapt_prepared,
     adapt_support,
     adapt_to,
 )
-from medmeta.data.preprocess import Preprocess
 from medmeta.data.tasks import Case, Task
-from medmeta.data.volume import Volume, read_volume, write_volume
+from medmeta.data.volume import Volume, write_volume
 from medmeta.errors import InputError
 from medmeta.evaluate import score_case
 from medmeta.losses import dice_cross_entropy
-from medmeta.segmenter import Segmenter
 from medmeta.support import prepare_support, support_task, with_unlabelled
 
 pytestmark = pytest.mark.usefixtures("overview_from_the_first_step")
@@ -442,51 +441,34 @@ def test_an_unusable_unlabelled_scan_stops_nothing_and_is_named(scans, task, tmp
         adapt_to(tiny_model(), task, method="self_training", budget=Budget(steps=1))
 
 
-def test_a_voxel_gets_a_label_where_the_network_is_sure_and_the_organ_is_one_piece():
-    import medmeta.adaptation as module
-
-    shape = (12, 10, 8)
-    image = torch.zeros(1, *shape)
-    image[0, 1:4, 1:4, 1:4] = 1  # the organ
-    image[0, 8:10, 1, 1] = 1  # a second piece of it
-    image[0, 5, 5, 5] = 0.5  # nobody knows
-    image[0, 6, 6, 6] = 2  # another structure, which may have pieces
-    image[0, 11, 6, 6] = 2
-
-    def predict(windows):
-        chances = {0.0: (0.9, 0.05, 0.05), 1.0: (0.1, 0.85, 0.05), 0.5: (0.2, 0.7, 0.1), 2.0: (0.0, 0.0, 1.0)}
-        made = torch.zeros(len(windows), 3, *windows.shape[2:])
-        for value, each in chances.items():
-            made += (windows == value) * torch.tensor(each)[None, :, None, None, None]
-        return made
-
-    # This window leaves intensities as they are.
-    preprocess = Preprocess("CT", (1.0, 1.0, 1.0), (-2.0, 2.0))
-    model, targets = tiny_model(), {"organ": (7,), "other": (3,)}
-    segmenter = Segmenter(model, {}, preprocess, targets, (7, 3), ("image",), (16, 16, 8), single=(7,))
-    scan = Volume(image, torch.eye(4, dtype=torch.float64))
-    mask = module._label_where_sure(segmenter, scan, predictor=lambda _: predict)
-    expected = torch.zeros(1, *shape, dtype=torch.long)
-    expected[0, 1:4, 1:4, 1:4] = 1
-    expected[0, 8:10, 1, 1] = expected[0, 5, 5, 5] = -1
-    expected[0, 6, 6, 6] = expected[0, 11, 6, 6] = 2
-    assert torch.equal(mask, expected)
-
-
-def test_self_training_learns_on_each_grid_what_both_make_together(scans, monkeypatch):
+def test_self_training_goes_on_from_what_it_learned_with_the_labels_that_gives(scans, monkeypatch):
     import medmeta.adaptation as module
 
     support, _ = with_unlabelled(prepare_support(scans, 16**3, stride=2), scans, seed=0)
-    taught = []
-    fit = module.adapt_prepared
-    monkeypatch.setattr(module, "adapt_prepared", lambda *call: taught.append(call[1]) or fit(*call))
-    target = torch.zeros(1, *read_volume(scans.cases[-1].images[0]).shape, dtype=torch.long)
-    target[:, :10] = 1
-    monkeypatch.setattr(module, "_label_where_sure", lambda *_, **__: target)
-    adapt_support(tiny_model(), scans, support, "self_training", Budget(steps=6))
-    assert [len(each.cases) for each in taught] == [2, 2, 4, 4], "every second patch is of a labelled scan"
-    for each in taught[2:]:
-        assert 0.05 < (each.cases[1].mask == 1).mean() < 0.95
+    calls, labelled_by = [], []
+    fit, label = module.adapt_prepared, module.with_pseudo_labels
+
+    def noted(learner, view, *rest):
+        calls.append((view, rest[-1], fit(learner, view, *rest)))
+        return calls[-1][2]
+
+    def labelled(segmenter, *rest, **options):
+        labelled_by.append(segmenter.state)
+        return label(segmenter, *rest, **options)
+
+    monkeypatch.setattr(module, "adapt_prepared", noted)
+    monkeypatch.setattr(module, "with_pseudo_labels", labelled)
+    made = adapt_support(tiny_model(), scans, support, "self_training", Budget(steps=12))
+    rounds = [4, 4] * ROUNDS
+    assert [len(view.cases) for view, *_ in calls] == [2, 2, *rounds], "every second patch is of a labelled scan"
+    assert [begin for _, begin, _ in calls[:2]] == [None, None]
+    for (*_, before), (_, begin, _) in zip(calls, calls[2:], strict=False):
+        assert same(begin, before), "each grid goes on from its own weights"
+    assert len(labelled_by) == ROUNDS
+    assert all(same(state, calls[2 * number][2]) for number, state in enumerate(labelled_by))
+    assert same(made.state, calls[-2][2])
+    assert same(made.overview.state, calls[-1][2])
+    assert made.card["support_scans"] == 2
 
 
 def test_a_nan_scan_is_refused_and_a_few_nan_voxels_are_not(support, tmp_path):

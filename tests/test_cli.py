@@ -226,11 +226,12 @@ def test_download_explains_sets_that_must_be_asked_for(medmeta_command, tmp_path
 
 
 def test_pages_to_look_at(medmeta_command, adapted, support, tmp_path):
-    run = medmeta_command("predict", adapted, support / "images", "--out", tmp_path / "made", "--report")
+    made = tmp_path / "made"
+    run = medmeta_command("predict", adapted, support / "images", "--out", made, "--report", made)
     assert (run.code, run.err) == (0, "")
-    assert (tmp_path / "made" / "report" / "index.html").is_file()
+    assert (made / "report" / "index.html").is_file()
     assert "To look at them" in run.out
-    folders = ("--reference", support / "labels", "--prediction", tmp_path / "made")
+    folders = ("--reference", support / "labels", "--prediction", made)
     run = medmeta_command("evaluate", *folders, "--images", support / "images", "--report", tmp_path / "scored")
     assert (tmp_path / "scored" / "report" / "index.html").is_file(), run.err
     refused = medmeta_command("evaluate", *folders, "--report", tmp_path / "other")

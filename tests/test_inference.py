@@ -133,15 +133,15 @@ def test_labels_by_bands_are_those_of_the_whole_volume(affine, working, monkeypa
     context = context_rows(indices, scan.shape)
     whole = sliding_window_inference(smooth.unsqueeze(0), (8, 8, 8), 1, network, overlap=0.25, mode="gaussian",
                                      padding_mode="replicate")[0]  # fmt: skip
-    expected = preprocess.inverse_labels(Volume(whole, grid.affine), scan)
+    brought = preprocess.inverse(Volume(whole, grid.affine), scan).data
+    expected = brought.argmax(dim=0, keepdim=True)
     bands = sliding_bands(smooth, (8, 8, 8), network, context=context)
     labels = restore_labels(bands, grid.shape, indices, scan.shape, [0, 7, 40000])
     assert labels.dtype == torch.int32
     assert len(expected.unique()) > 1, "a test of one class would show nothing"
-    assert torch.equal(labels, torch.tensor([0, 7, 40000], dtype=torch.int32)[expected.int()])
+    assert torch.equal(labels, torch.tensor([0, 7, 40000], dtype=torch.int32)[expected])
     bands = sliding_bands(smooth, (8, 8, 8), network, context=context)
     lowered = restore_labels(bands, grid.shape, indices, scan.shape, [0, 7, 40000], lambda: [1, 2])
-    brought = preprocess.inverse(Volume(whole, grid.affine), scan).data
     best = brought[1:].argmax(dim=0)
     wins = brought[1:].amax(dim=0) > brought[0] / torch.tensor([2**0.5, 2.0])[best]
     expected = torch.where(wins, torch.tensor([7, 40000])[best], 0)

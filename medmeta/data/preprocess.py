@@ -30,9 +30,6 @@ SEEN = 0.25
 COARSER = 2.0
 """How much coarser the grid of an overview is than the finest side of a working voxel."""
 
-SLAB_BYTES = 256 * 2**20
-"""Scores are brought back to the scan's grid in slabs of at most this size."""
-
 
 @dataclass(frozen=True)
 class Preprocess:
@@ -163,20 +160,12 @@ class Preprocess:
 
     def inverse(self, scores: Volume, like: Volume) -> Volume:
         """Scores (1+K, *S) of the working grid on exactly the grid of `like`: (1+K, X, Y, Z)."""
-        return Volume(self._restore(scores, like, 0, like.shape[2]), like.affine)
+        from monai.data import MetaTensor
+        from monai.transforms import SpatialResample
 
-    def inverse_labels(self, scores: Volume, like: Volume, *, sure: float = 0.0) -> Tensor:
-        """The class of the largest score on exactly the grid of `like`: (1, X, Y, Z) int16, in bounded memory.
-
-        Where the largest score is below `sure`, it is `IGNORED`.
-        """
-        slab = max(1, SLAB_BYTES // (4 * scores.channels * like.shape[0] * like.shape[1]))
-        labels = torch.empty((1, *like.shape), dtype=torch.int16)
-        for first in range(0, like.shape[2], slab):
-            last = min(first + slab, like.shape[2])
-            highest, classes = self._restore(scores, like, first, last).max(dim=0)
-            labels[0, ..., first:last] = classes.masked_fill(highest < sure, IGNORED)
-        return labels
+        resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=np.float32)
+        source = MetaTensor(scores.data.float(), affine=scores.affine)
+        return Volume(_plain(resample(source, dst_affine=like.affine, spatial_size=like.shape)), like.affine)
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -198,17 +187,6 @@ class Preprocess:
         wanted = [w if abs(w - o) > 0.01 * w else o for w, o in zip(self.spacing, own.tolist(), strict=True)]
         resampled = Spacing(wanted, mode="bilinear", padding_mode="border", dtype=np.float32)(canonical)
         return Volume(_plain(resampled), resampled.affine.to(torch.float64))  # type: ignore[attr-defined]
-
-    def _restore(self, scores: Volume, like: Volume, first: int, last: int) -> Tensor:
-        from monai.data import MetaTensor
-        from monai.transforms import SpatialResample
-
-        offset = torch.eye(4, dtype=torch.float64)
-        offset[2, 3] = first
-        resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=np.float32)
-        size = (*like.shape[:2], last - first)
-        source = MetaTensor(scores.data.float(), affine=scores.affine)
-        return _plain(resample(source, dst_affine=like.affine @ offset, spatial_size=size))
 
 
 def _plain(data: np.ndarray | Tensor) -> Tensor:

@@ -1,0 +1,289 @@
+"""Labels carried from labelled scans to another one: rigid and affine registration, then demons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.ndimage import uniform_filter
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import SimpleITK
+
+VOXELS = 200_000
+"""Voxels at most of the scans that are registered; finer ones take longer and give no better labels."""
+
+FINER = 4
+"""How many times as many voxels masks may have, and the probabilities that come of them."""
+
+ATLASES = 3
+"""Labelled scans whose labels are carried at most."""
+
+ALIKE, SAME = 0.6, 0.9
+"""Local correlation around the organ up to which a registration counts for nothing, and from which it counts fully."""
+
+WINDOW = 7
+"""Side in voxels of the cubes in which scans are correlated."""
+
+MOST = 0.5
+"""Largest weight of carried labels beside those of a network."""
+
+DOUBT = 0.02
+"""Probability that a registration leaves to all classes alike."""
+
+SAMPLES = 0.15
+"""Share of the voxels that rigid and affine registration compare."""
+
+LEVELS = ((4, 40), (2, 40), (1, 20))
+"""Demons from coarse to fine: how many voxels become one, and iterations."""
+
+SMOOTHING = 1.5
+"""Standard deviation in voxels of the Gaussian that smooths the displacements after each iteration."""
+
+
+@dataclass(frozen=True, eq=False)
+class Atlas:
+    """A labelled scan whose labels are carried to others, as coarse as that allows.
+
+    Args:
+        image: (X, Y, Z) float16, 0 to 1.
+        spacing: of the image, in mm.
+        mask: (X', Y', Z') int8 of 0..K, -1 ignored, its middle on that of the image.
+        mask_spacing: of the mask, in mm.
+    """
+
+    image: Tensor
+    spacing: tuple[float, float, float]
+    mask: Tensor
+    mask_spacing: tuple[float, float, float]
+
+
+def make_atlas(image: np.ndarray, mask: np.ndarray, spacing: tuple[float, float, float]) -> Atlas:
+    """An atlas from a scan (X, Y, Z) and its mask (X, Y, Z) on one grid; `spacing` in mm."""
+    import SimpleITK
+
+    with _one_thread():
+        small = _coarser(_image(_scaled(image), spacing), VOXELS)
+        labels = _resampled(_image(mask, spacing), FINER * VOXELS, SimpleITK.sitkNearestNeighbor)
+    return Atlas(_tensor(small).half(), small.GetSpacing(), _tensor(labels), labels.GetSpacing())
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """What the atlases say of a scan.
+
+    Args:
+        probabilities: (1+K, *S) float16, summing to one, on a grid as coarse as that of an atlas' mask.
+        indices: (4, 4) float64 from voxel indices of the scan's working grid to those of this one.
+        share: 0 to `MOST`, the weight they deserve beside a network: the more the registered scans look alike in and
+            around the organ, the more.
+    """
+
+    probabilities: Tensor
+    indices: Tensor
+    share: float
+
+
+def carry_labels(image: np.ndarray, spacing: Sequence[float], atlases: Sequence[Atlas], classes: int) -> Carried:
+    """The labels of atlases, carried to a scan and averaged.
+
+    For each atlas a rigid, then an affine map that is best in mutual information (Mattes 2003), then symmetric demons
+    (Vercauteren 2009) on matched histograms, all on one thread, so that the same scans give the same labels. Atlases
+    count by how alike they look after that (local weighted voting, Artaechevarria 2009, for the organ as a whole).
+
+    Args:
+        image: (X, Y, Z) on the working grid.
+        spacing: of the working grid, in mm.
+        atlases: made of scans on the same kind of grid, one or more.
+        classes: K.
+    """
+    import SimpleITK
+
+    with _one_thread():
+        there = _image(_scaled(image), spacing)
+        fixed = _coarser(there, VOXELS)
+        grid = _resampled(there, FINER * VOXELS, SimpleITK.sitkNearestNeighbor)
+        total = torch.zeros(1 + classes, *grid.GetSize())
+        weights = []
+        for atlas in atlases:
+            moving = _image(atlas.image.float().numpy(), atlas.spacing)
+            transform = _register(fixed, moving)
+            organ = _image((atlas.mask > 0).float().numpy(), atlas.mask_spacing)
+            alike = _likeness(fixed, SimpleITK.Resample(moving, fixed, transform), organ, transform)
+            weights.append(min(max((alike - ALIKE) / (SAME - ALIKE), 0.0), 1.0))
+            for label in range(1, classes + 1) if weights[-1] > 0 else ():
+                share = _image((atlas.mask == label).float().numpy(), atlas.mask_spacing)
+                carried = _tensor(SimpleITK.Resample(share, grid, transform))
+                total[label] += weights[-1] * carried.clamp(0.0, 1.0)
+    total /= max(sum(weights), 1e-6)
+    total[0] = (1.0 - total.sum(dim=0)).clamp(min=0.0)
+    indices = torch.eye(4, dtype=torch.float64)
+    for axis, (fine, coarse) in enumerate(zip(spacing, grid.GetSpacing(), strict=True)):
+        indices[axis, axis] = fine / coarse
+        indices[axis, 3] = (there.GetOrigin()[axis] - grid.GetOrigin()[axis]) / coarse
+    probabilities = (1.0 - DOUBT) * total + DOUBT / len(total)
+    return Carried(probabilities.half(), indices, MOST * sum(weights) / len(weights))
+
+
+def _likeness(
+    fixed: SimpleITK.Image, moved: SimpleITK.Image, organ: SimpleITK.Image, transform: SimpleITK.Transform
+) -> float:
+    """Mean correlation in the windows around the voxels of the organ, once it was carried over; 0 without any."""
+    import SimpleITK
+
+    inside = SimpleITK.GetArrayFromImage(SimpleITK.Resample(organ, fixed, transform)) > 0.5
+    if not inside.any():
+        return 0.0
+    one, other = (SimpleITK.GetArrayFromImage(image).astype(np.float64) for image in (fixed, moved))
+
+    def mean(data: np.ndarray) -> np.ndarray:
+        return np.asarray(uniform_filter(data, WINDOW))[inside]
+
+    deviations = [mean(data**2) - mean(data) ** 2 for data in (one, other)]
+    together = mean(one * other) - mean(one) * mean(other)
+    return float(np.mean(together / np.sqrt(np.maximum(deviations[0] * deviations[1], 1e-6))))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The sums of ITK's threads are added in the order in which they come."""
+    import SimpleITK
+
+    threads = SimpleITK.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield
+    finally:
+        SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+
+
+def _scaled(data: np.ndarray) -> np.ndarray:
+    """0 to 1 between the darkest and the brightest but for half a per cent."""
+    data = data.astype(np.float32)
+    low, high = (float(value) for value in np.percentile(data, [0.5, 99.5]))
+    return np.clip((data - low) / max(high - low, 1e-6), 0.0, 1.0)
+
+
+def _image(data: np.ndarray, spacing: Sequence[float]) -> SimpleITK.Image:
+    """An image whose middle is the origin, so that scans start on each other."""
+    import SimpleITK
+
+    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(data.T))
+    image.SetSpacing([float(side) for side in spacing])
+    image.SetOrigin(_origin(data.shape, spacing))
+    return image
+
+
+def _origin(size: Sequence[int], spacing: Sequence[float]) -> list[float]:
+    return [-0.5 * float(side) * (count - 1) for side, count in zip(spacing, size, strict=True)]
+
+
+def _tensor(image: SimpleITK.Image) -> Tensor:
+    import SimpleITK
+
+    return torch.from_numpy(SimpleITK.GetArrayFromImage(image).T.copy())
+
+
+def _coarser(image: SimpleITK.Image, voxels: int) -> SimpleITK.Image:
+    """At most so many voxels, smoothed where they grow."""
+    import SimpleITK
+
+    before, sides = image.GetSpacing(), _sides(image, voxels)
+    for axis, (old, new) in enumerate(zip(before, sides, strict=True)):
+        if new > 1.2 * old:
+            image = SimpleITK.RecursiveGaussian(image, 0.5 * new, direction=axis)
+    return _resampled(image, voxels, SimpleITK.sitkLinear)
+
+
+def _sides(image: SimpleITK.Image, voxels: int) -> list[float]:
+    """The finest spacing of at most so many voxels; thick voxels stay as they are."""
+    size, spacing = np.array(image.GetSize()), np.array(image.GetSpacing())
+    side = float(spacing.min())
+    while np.maximum(1, np.round(size * spacing / np.maximum(spacing, side))).prod() > voxels:
+        side *= 1.05
+    return [float(value) for value in np.maximum(spacing, side)]
+
+
+def _resampled(image: SimpleITK.Image, voxels: int, how: int) -> SimpleITK.Image:
+    import SimpleITK
+
+    sides = _sides(image, voxels)
+    size = [
+        max(1, round(count * old / new))
+        for count, old, new in zip(image.GetSize(), image.GetSpacing(), sides, strict=True)
+    ]
+    return SimpleITK.Resample(
+        image, size, SimpleITK.Transform(), how, _origin(size, sides), sides, image.GetDirection(), 0.0
+    )
+
+
+def _register(fixed: SimpleITK.Image, moving: SimpleITK.Image) -> SimpleITK.Transform:
+    """From places in `fixed` to places in `moving`."""
+    import SimpleITK
+
+    affine = _affine(fixed, moving)
+    near = SimpleITK.HistogramMatching(SimpleITK.Resample(moving, fixed, affine), fixed, 256, 15, True)
+    displacement: list[SimpleITK.Image] = []
+    for factor, iterations in LEVELS:
+        # No level with less than a dozen voxels on a side.
+        target = SimpleITK.Shrink(fixed, [min(factor, max(1, size // 12)) for size in fixed.GetSize()])
+        demons = SimpleITK.FastSymmetricForcesDemonsRegistrationFilter()
+        demons.SetNumberOfIterations(iterations)
+        demons.SetStandardDeviations(SMOOTHING)
+        before = [SimpleITK.Resample(each, target) for each in displacement]
+        displacement = [demons.Execute(target, SimpleITK.Resample(near, target), *before)]
+    field = SimpleITK.Cast(SimpleITK.Resample(displacement[0], fixed), SimpleITK.sitkVectorFloat64)
+    return SimpleITK.CompositeTransform([affine, SimpleITK.DisplacementFieldTransform(field)])
+
+
+def _affine(fixed: SimpleITK.Image, moving: SimpleITK.Image) -> SimpleITK.AffineTransform:
+    """The better of two starts, turned and shifted, then scaled and sheared too."""
+    import SimpleITK
+
+    centred = SimpleITK.CenteredTransformInitializerFilter
+    starts = []
+    for how in (centred.GEOMETRY, centred.MOMENTS):
+        rigid = SimpleITK.CenteredTransformInitializer(fixed, moving, SimpleITK.Euler3DTransform(), how)
+        measure = _mutual_information()
+        measure.SetInitialTransform(rigid)
+        starts.append((measure.MetricEvaluate(fixed, moving), SimpleITK.Euler3DTransform(rigid)))
+    rigid = min(starts, key=lambda pair: pair[0])[1]
+    _improve(rigid, fixed, moving)
+    affine = SimpleITK.AffineTransform(3)
+    affine.SetCenter(rigid.GetCenter())
+    affine.SetMatrix(rigid.GetMatrix())
+    affine.SetTranslation(rigid.GetTranslation())
+    _improve(affine, fixed, moving)
+    return affine
+
+
+def _improve(transform: SimpleITK.Transform, fixed: SimpleITK.Image, moving: SimpleITK.Image) -> None:
+    """In place; as it was where the scans hardly overlap."""
+    method = _mutual_information()
+    method.SetOptimizerAsRegularStepGradientDescent(2.0, 1e-3, 100, 0.6)
+    method.SetOptimizerScalesFromPhysicalShift()
+    levels = 3 if min(fixed.GetSize()) >= 32 else 2
+    method.SetShrinkFactorsPerLevel([4, 2, 1][-levels:])
+    method.SetSmoothingSigmasPerLevel([2, 1, 0][-levels:])
+    method.SetInitialTransform(transform, inPlace=True)
+    parameters = transform.GetParameters()
+    try:
+        method.Execute(fixed, moving)
+    except RuntimeError:
+        transform.SetParameters(parameters)
+
+
+def _mutual_information() -> SimpleITK.ImageRegistrationMethod:
+    import SimpleITK
+
+    method = SimpleITK.ImageRegistrationMethod()
+    method.SetMetricAsMattesMutualInformation(32)
+    method.SetMetricSamplingStrategy(method.RANDOM)
+    method.SetMetricSamplingPercentage(SAMPLES, 1)
+    method.SetInterpolator(SimpleITK.sitkLinear)
+    return method
