@@ -59,6 +59,10 @@ BALANCE = 0.5
 """How far the loss makes up for rare classes at first (`dice_cross_entropy`), down to nothing at half of the budget: a
 small structure is to be found before its borders count."""
 
+AGAIN = 0.5
+"""Step size, relative, of all layers of a network that goes on from what it learned before; what is found already needs
+neither a faster output layer nor more weight for rare classes."""
+
 PULL = 0.5
 """Strength with which full fine-tuning is drawn back to its start (L2-SP)."""
 
@@ -345,9 +349,12 @@ def adapt_prepared(
         support.patch, preprocess.spacing, preprocess.modality, strength=STRENGTH, recontrast=RECONTRAST / patients
     )
     peak = budget.rate * RATES.get(method, 1.0)
+    head_rate, balance = HEAD_RATE, BALANCE
+    if begin is not None:
+        peak, head_rate, balance = AGAIN * peak, AGAIN, 0.0
     heads = [tensor for name, tensor in moved.items() if name in net.head_names]
     others = [tensor for name, tensor in moved.items() if name not in net.head_names]
-    optimiser = torch.optim.Adam([{"params": heads, "peak": budget.rate * HEAD_RATE}, {"params": others, "peak": peak}])
+    optimiser = torch.optim.Adam([{"params": heads, "peak": budget.rate * head_rate}, {"params": others, "peak": peak}])
     started = time.monotonic()
     for step in range(budget.steps):
         spent = 0.0 if budget.minutes is None else (time.monotonic() - started) / (60.0 * budget.minutes)
@@ -365,7 +372,7 @@ def adapt_prepared(
         optimiser.zero_grad()
         with autocast(device, precision):
             logits = net(examples.image, tuning.assemble(moved))
-        loss = dice_cross_entropy(logits, examples.mask, balance=BALANCE * max(0.0, 1.0 - 2.0 * done))
+        loss = dice_cross_entropy(logits, examples.mask, balance=balance * max(0.0, 1.0 - 2.0 * done))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(moved.values()), 5.0)
         optimiser.step()

@@ -211,6 +211,9 @@ def adapt(
         typer.Option(help="auto, finetune, self_training, lora, norms, head, inner (the learner's own) or scratch."),
     ] = "auto",
     steps: Annotated[int, typer.Option(help="Steps of each fine-tuning.")] = 1000,
+    atlases: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Scans to carry labels from.")
+    ] = 3,
     minutes: Annotated[float | None, typer.Option(help="Minutes at most, for all of it.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -219,7 +222,6 @@ def adapt(
 ) -> None:
     """Adapt a model to a new organ from a few labelled scans, and say how good it will be.
 
-    The output layer gets one row per class, the input layer one slice per channel, both grown from the learned ones.
     With 3 or more scans the way to adapt is chosen by leaving scans out, and the Dice on unseen scans is forecast.
 
     Example: medmeta adapt model --images scans --labels labels --target kidney=2,3 --out kidney
@@ -260,6 +262,7 @@ def adapt(
             method=method,
             budget=Budget(steps=steps, minutes=minutes),
             seed=seed,
+            atlases=atlases,
             device=device,
             precision=fastest_precision(device) if precision == "auto" else read_precision(precision),
             progress=tell,
@@ -267,6 +270,8 @@ def adapt(
     segmenter.save(out)
     _describe_adaptation(segmenter.card)
     _line(f"The adapted model is in {out}")
+    if segmenter.atlases:
+        _line(f"It holds {len(segmenter.atlases)} of the labelled scans, coarse: share it as you would share them.")
     if report:
         _line(f"To look at it: {write_adaptation(report, segmenter, task, losses=losses)}")
     if segmenter.card.get("unlabelled", {}).get("unusable"):
@@ -485,6 +490,8 @@ def info(model: ModelFolder) -> None:
         _line(f"  working grid {loaded.preprocess.spacing} mm, {loaded.preprocess.modality}, patch {loaded.patch}")
         if loaded.overview is not None:
             _line(f"  overview {loaded.overview.preprocess.spacing} mm, patch {loaded.overview.patch}")
+        if loaded.atlases:
+            _line(f"  holds {len(loaded.atlases)} of the labelled scans, coarse, to carry labels from")
     _line("Not a medical device.")
 
 

@@ -31,7 +31,7 @@ ACCOUNT_EVERY = 20.0
 
 ENGINES = ("local", "ray")
 BACKENDS = ("torch", "openvino")
-STAGES = ("read", "preprocess", "network", "restore", "write")
+STAGES = ("read", "preprocess", "registration", "network", "restore", "write")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Prediction:
         volumes_ml: volume of each structure in ml.
         seconds: of all stages; 0 for what was kept.
         name: of the scan in the run.
-        stages: seconds of reading, preprocessing, network, restoring and writing.
+        stages: seconds of reading, preprocessing, registration, network, restoring and writing.
         quality: the segmenter's own estimate, None where it gives none.
         notes: what a reader of the label map should know.
         files: path, size, time of change and SHA-256 of each file it was read from.

@@ -53,7 +53,7 @@ class Atlas:
     Args:
         image: (X, Y, Z) float16, 0 to 1.
         spacing: of the image, in mm.
-        mask: (X', Y', Z') int8 of 0..K, -1 ignored, its middle on that of the image.
+        mask: (X', Y', Z') int8 of 0..K, its middle on that of the image.
         mask_spacing: of the mask, in mm.
     """
 
@@ -65,12 +65,15 @@ class Atlas:
 
 def make_atlas(image: np.ndarray, mask: np.ndarray, spacing: tuple[float, float, float]) -> Atlas:
     """An atlas from a scan (X, Y, Z) and its mask (X, Y, Z) on one grid; `spacing` in mm."""
-    import SimpleITK
-
+    mask = np.maximum(mask, 0)
+    labels = [0, *(int(label) for label in np.unique(mask) if label > 0)]
     with _one_thread():
         small = _coarser(_image(_scaled(image), spacing), VOXELS)
-        labels = _resampled(_image(mask, spacing), FINER * VOXELS, SimpleITK.sitkNearestNeighbor)
-    return Atlas(_tensor(small).half(), small.GetSpacing(), _tensor(labels), labels.GetSpacing())
+        shares = [_coarser(_image((mask == label).astype(np.float32), spacing), FINER * VOXELS) for label in labels]
+    # A voxel has the label of most of it.
+    best = torch.stack([_tensor(share) for share in shares]).argmax(dim=0)
+    kept = torch.tensor(labels, dtype=torch.int8)[best]
+    return Atlas(_tensor(small).half(), small.GetSpacing(), kept, shares[0].GetSpacing())
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,14 +110,18 @@ def carry_labels(image: np.ndarray, spacing: Sequence[float], atlases: Sequence[
     with _one_thread():
         there = _image(_scaled(image), spacing)
         fixed = _coarser(there, VOXELS)
-        grid = _resampled(there, FINER * VOXELS, SimpleITK.sitkNearestNeighbor)
+        grid = _coarser(there, FINER * VOXELS)
         total = torch.zeros(1 + classes, *grid.GetSize())
         weights = []
         for atlas in atlases:
             moving = _image(atlas.image.float().numpy(), atlas.spacing)
-            transform = _register(fixed, moving)
             organ = _image((atlas.mask > 0).float().numpy(), atlas.mask_spacing)
-            alike = _likeness(fixed, SimpleITK.Resample(moving, fixed, transform), organ, transform)
+            try:
+                transform = _register(fixed, moving)
+                alike = _likeness(fixed, SimpleITK.Resample(moving, fixed, transform), organ, transform)
+            except RuntimeError:
+                # ITK cannot register a slice, or an image of one value.
+                alike = 0.0
             weights.append(min(max((alike - ALIKE) / (SAME - ALIKE), 0.0), 1.0))
             for label in range(1, classes + 1) if weights[-1] > 0 else ():
                 share = _image((atlas.mask == label).float().numpy(), atlas.mask_spacing)
@@ -190,36 +197,20 @@ def _tensor(image: SimpleITK.Image) -> Tensor:
 
 
 def _coarser(image: SimpleITK.Image, voxels: int) -> SimpleITK.Image:
-    """At most so many voxels, smoothed where they grow."""
+    """The finest grid of at most so many voxels, smoothed where they grow; thick voxels stay as they are."""
     import SimpleITK
 
-    before, sides = image.GetSpacing(), _sides(image, voxels)
-    for axis, (old, new) in enumerate(zip(before, sides, strict=True)):
-        if new > 1.2 * old:
-            image = SimpleITK.RecursiveGaussian(image, 0.5 * new, direction=axis)
-    return _resampled(image, voxels, SimpleITK.sitkLinear)
-
-
-def _sides(image: SimpleITK.Image, voxels: int) -> list[float]:
-    """The finest spacing of at most so many voxels; thick voxels stay as they are."""
-    size, spacing = np.array(image.GetSize()), np.array(image.GetSpacing())
-    side = float(spacing.min())
-    while np.maximum(1, np.round(size * spacing / np.maximum(spacing, side))).prod() > voxels:
+    size, before = np.array(image.GetSize()), np.array(image.GetSpacing())
+    side = float(before.min())
+    while np.maximum(1, np.round(size * before / np.maximum(before, side))).prod() > voxels:
         side *= 1.05
-    return [float(value) for value in np.maximum(spacing, side)]
-
-
-def _resampled(image: SimpleITK.Image, voxels: int, how: int) -> SimpleITK.Image:
-    import SimpleITK
-
-    sides = _sides(image, voxels)
-    size = [
-        max(1, round(count * old / new))
-        for count, old, new in zip(image.GetSize(), image.GetSpacing(), sides, strict=True)
-    ]
-    return SimpleITK.Resample(
-        image, size, SimpleITK.Transform(), how, _origin(size, sides), sides, image.GetDirection(), 0.0
-    )
+    sides = [max(float(old), side) for old in before]
+    fewer = [max(1, round(count * old / new)) for count, old, new in zip(image.GetSize(), before, sides, strict=True)]
+    for axis, (old, new) in enumerate(zip(before, sides, strict=True)):
+        if new > 1.2 * old and size[axis] >= 4:  # which the filter needs
+            image = SimpleITK.RecursiveGaussian(image, 0.5 * new, direction=axis)
+    where = (SimpleITK.Transform(), SimpleITK.sitkLinear, _origin(fewer, sides), sides, image.GetDirection())
+    return SimpleITK.Resample(image, fewer, *where)
 
 
 def _register(fixed: SimpleITK.Image, moving: SimpleITK.Image) -> SimpleITK.Transform:

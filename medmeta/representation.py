@@ -167,6 +167,7 @@ def segmenter_html(segmenter: Segmenter) -> str:
             "input": f"{segmenter.preprocess.modality} ({', '.join(segmenter.channels)})",
             "working grid": _grid(segmenter),
             "overview": _grid(segmenter.overview) if segmenter.overview else "none",
+            "labels carried from": count(len(segmenter.atlases), "labelled scan") if segmenter.atlases else "none",
             "network": f"{net.spec['name']}, {count(sum(each.numel() for each in net.parameters()), 'parameter')}",
             "learner": segmenter.model.learner.name,
             "terms of the labelled scans": card.get("support_terms") or "not stated",

@@ -11,12 +11,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from medmeta.benchmark import run_arms
+import torch
+
+from medmeta.benchmark import compare, run_arms, summarise
 from medmeta.config import BenchmarkConfig, load_config
+from medmeta.registration import ATLASES
+from medmeta.segmenter import load
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+REGISTERED = "transfer, labels carried"
 SETS = ("abdomen", "hippocampus", "heart", "brain", "head_neck")
 
 
@@ -27,21 +33,25 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to every config")
     arguments = parser.parse_args(given)
-    lines = []
+    lines: list[str] = []
     for name in arguments.sets:
         config = load_config(BenchmarkConfig, CONFIGS / f"hold_out_{name}.yaml", arguments.set)
-        task = config.held_out_task()
-        rows = run_arms(config.plans(), task, config.trial, arguments.out / f"hold_out_{name}", device=arguments.device)
-        found = {(row["arm"], row["shots"]): row for row in rows}
+        task, folder = config.held_out_task(), arguments.out / f"hold_out_{name}"
+        rows = run_arms(config.plans(), task, config.trial, folder, device=arguments.device)
+        # The same networks once more, with labels carried from the labelled scans.
+        carried = replace(config.trial, atlases=ATLASES)
+        arms = {arm: load(folder / "models" / arm) for arm in ("transfer",)}
+        results = compare(arms, task, carried, folder / "trials", device=arguments.device, precision=torch.bfloat16)
+        rows += [row | {"arm": REGISTERED} for row in summarise(results, list(task.targets), carried.seed)]
+        columns = [(shots, arm) for shots in config.trial.shots for arm in (*config.arms, REGISTERED)]
         if not lines:
-            heads = [f"{shots} scan{'s' * (shots > 1)}, {arm}" for shots in config.trial.shots for arm in config.arms]
+            heads = [f"{shots} scan{'s' * (shots > 1)}, {arm}" for shots, arm in columns]
             lines = ["| held out | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+        found = {(row["shots"], row["arm"]): row for row in rows}
         cells = []
-        for shots in config.trial.shots:
-            for arm in config.arms:
-                row = found[arm, shots]
-                low, high = row["interval"]
-                cells.append(f"{row['dice']:.2f} ({low:.2f} to {high:.2f})")
+        for column in columns:
+            low, high = found[column]["interval"]
+            cells.append(f"{found[column]['dice']:.2f} ({low:.2f} to {high:.2f})")
         lines.append(f"| {task.name}, mean of {len(task.targets)} | " + " | ".join(cells) + " |")
     print("\n".join(lines))
 

@@ -469,6 +469,23 @@ def test_self_training_goes_on_from_what_it_learned_with_the_labels_that_gives(s
     assert same(made.state, calls[-2][2])
     assert same(made.overview.state, calls[-1][2])
     assert made.card["support_scans"] == 2
+    assert len(made.atlases) == 2, "of the labelled scans"
+
+
+@pytest.mark.parametrize(
+    ("scans_there", "atlases", "expected"), [(2, 3, (0, 1)), (3, 0, ()), (3, 1, (0,)), (5, 3, (0, 2, 4))]
+)
+def test_labels_are_carried_from_scans_spread_over_the_labelled_ones(tmp_path, scans_there, atlases, expected):
+    folder = write_pairs(tmp_path, cases=range(scans_there))
+    task = support_task(folder / "images", folder / "labels", targets=TWO)
+    support = prepare_support(task, 16**3, stride=2)
+    made = adapt_support(tiny_model(), task, support, "finetune", Budget(steps=2), atlases=atlases)
+    assert len(made.atlases) == len(expected)
+    for atlas, number in zip(made.atlases, expected, strict=True):
+        case = support.cases[number]
+        assert torch.equal(atlas.mask, torch.from_numpy(np.maximum(case.mask, 0)))
+        assert np.corrcoef(atlas.image.flatten(), case.image[0].flatten().astype(np.float32))[0, 1] > 0.9
+    assert not made.overview.atlases
 
 
 def test_a_nan_scan_is_refused_and_a_few_nan_voxels_are_not(support, tmp_path):

@@ -22,7 +22,7 @@ from small import broken_scans, like, nifti, phantom, tiny_model, tree, write_pa
 from medmeta.adaptation import Budget, adapt
 from medmeta.data.volume import Volume, grid_difference, read_header, read_labels, read_volume, write_volume
 from medmeta.errors import InputError
-from medmeta.prediction import Prediction, predict
+from medmeta.prediction import STAGES, Prediction, predict
 from medmeta.segmenter import Segmentation, Segmenter
 
 
@@ -353,7 +353,7 @@ def test_the_account_is_a_table_too(segmenter, tmp_path):
     assert [row["name"] for row in rows] == ['an "odd",\nname', "case0"]
     for row, result in zip(rows, results, strict=True):
         assert float(row["whole_ml"]) == result.volumes_ml["whole"]
-        stages = [float(row[f"{stage}_seconds"]) for stage in ("read", "preprocess", "network", "restore", "write")]
+        stages = [float(row[f"{stage}_seconds"]) for stage in STAGES]
         assert sum(stages) == pytest.approx(result.seconds, abs=0.02)
         scores = read_volume(tmp_path / "out" / f"{row['name']}_probabilities.nii.gz")
         assert scores.channels == 3

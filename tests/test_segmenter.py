@@ -19,7 +19,9 @@ from medmeta.data.volume import Volume, grid_difference, read_header, write_volu
 from medmeta.errors import InputError
 from medmeta.inference import torch_predictor
 from medmeta.postprocess import keep_largest
+from medmeta.registration import MOST, carry_labels, make_atlas
 from medmeta.segmenter import (
+    ATLAS_FILE,
     DESCRIPTION,
     OVERVIEW,
     STATE,
@@ -66,6 +68,12 @@ def test_an_adapted_model_loads_as_it_was_saved(segmenter, saved):
     assert loaded.card["support_scans"] == 2
     assert loaded.model.card == segmenter.model.card
     assert (loaded.model.voxels, loaded.model.learner.options) == (16**3, segmenter.model.learner.options)
+    assert len(loaded.atlases) == len(segmenter.atlases) == 2
+    for ours, theirs in zip(segmenter.atlases, loaded.atlases, strict=True):
+        assert (ours.spacing, ours.mask_spacing) == (theirs.spacing, theirs.mask_spacing)
+        assert torch.equal(ours.image, theirs.image)
+        assert torch.equal(ours.mask, theirs.mask)
+        assert ours.mask.dtype == theirs.mask.dtype
     scan = phantom(2, 2)[0]
     assert torch.equal(loaded.probabilities(scan).data, segmenter.probabilities(scan).data)
     assert torch.equal(loaded.predict(scan).data, segmenter.predict(scan).data)
@@ -85,7 +93,7 @@ def test_a_meta_learned_model_loads_as_it_was_saved(learner, tmp_path):
 
 
 def test_nothing_pickled_and_readable_by_all(saved):
-    assert sorted(path.name for path in saved.iterdir()) == sorted([DESCRIPTION, WEIGHTS, STATE, OVERVIEW])
+    assert sorted(path.name for path in saved.iterdir()) == sorted([DESCRIPTION, WEIGHTS, STATE, OVERVIEW, ATLAS_FILE])
     description = json.loads((saved / DESCRIPTION).read_text(encoding="utf-8"))
     assert description["format"] == 1
     mask = os.umask(0)
@@ -95,7 +103,7 @@ def test_nothing_pickled_and_readable_by_all(saved):
     assert [path.name for path in saved.parent.iterdir()] == [saved.name], "no leftovers"
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, STATE, OVERVIEW, DESCRIPTION])
+@pytest.mark.parametrize("name", [WEIGHTS, STATE, OVERVIEW, ATLAS_FILE, DESCRIPTION])
 def test_a_missing_file_is_named(saved, name):
     (saved / name).unlink()
     with pytest.raises(InputError, match=r"no such file") as caught:
@@ -148,6 +156,9 @@ def changed(folder: Path, **changes) -> None:
         ({"adapted__targets": {}}, "targets"),
         ({"adapted__patch": [8, 8]}, r"patch \(8, 8\)"),
         ({"adapted__preprocess": {"zoom": 1}}, "zoom"),
+        ({"adapted__atlases": [{"spacing": [1, 1], "mask_spacing": [1, 1, 1]}]}, "atlas 1"),
+        ({"adapted__atlases": [{"spacing": [1, 1, 0], "mask_spacing": [1, 1, 1]}]}, "atlas 1"),
+        ({"adapted__atlases": [{"spacing": [1, 1, 1], "mask_spacing": [1, 1, 1]}] * 3}, "image_2"),
         ({"adapted": ...}, "no 'adapted'"),
     ],
 )
@@ -257,6 +268,7 @@ def test_probabilities_are_probabilities_and_decide_the_labels(segmenter):
 
 def test_an_overview_is_mixed_in_by_its_share(segmenter):
     scan, _ = phantom(2, 3)
+    segmenter = replace(segmenter, atlases=())
     alone = replace(segmenter, overview=None)
     fine, coarse = alone.probabilities(scan), segmenter.overview.probabilities(scan)
     assert min(coarse.spacing) > 1.5 * min(fine.spacing)
@@ -268,8 +280,35 @@ def test_an_overview_is_mixed_in_by_its_share(segmenter):
         assert torch.allclose(mixed, expected.softmax(dim=0), atol=5e-3)
 
 
+def test_carried_labels_are_mixed_in_by_their_share(segmenter, monkeypatch):
+    scan, labels = phantom(2, 3)
+    alone = replace(segmenter, atlases=())
+    assert alone.carry(scan) is None
+    network = alone.probabilities(scan)
+    mask = segmenter.preprocess.forward_mask(labels.data.long(), scan.affine, 2).numpy()
+    itself = make_atlas(segmenter.preprocess.forward(scan).data[0].numpy(), mask, network.spacing)
+    known = replace(segmenter, atlases=(itself,))
+    carried, seconds = known.carry(scan), {}
+    assert carried.share == pytest.approx(MOST, abs=0.02)
+    mixed = known.probabilities(scan, seconds=seconds).data
+    assert seconds["registration"] > 0
+    there = carried.probabilities.float()
+    assert there.shape == network.data.shape, "this scan is small: the grids are one"
+    expected = (1 - carried.share) * (network.data + 1e-3).log() + carried.share * (there + 1e-3).log()
+    assert torch.allclose(mixed, expected.softmax(dim=0), atol=5e-3)
+    assert not torch.allclose(mixed, network.data, atol=0.05)
+    calls = []
+    monkeypatch.setattr(segmenter_module, "carry_labels", lambda *given: calls.append(given) or carry_labels(*given))
+    assert torch.equal(known.probabilities(scan, carried=carried).data, mixed)
+    assert torch.equal(known.predict(scan, carried=carried).data, known.predict(scan).data)
+    assert len(calls) == 1, "what was carried before is not carried again"
+    useless = replace(carried, share=0.0)
+    assert torch.equal(known.probabilities(scan, carried=useless).data, network.data)
+
+
 def test_focus_looks_closely_where_the_overview_sees_something(segmenter):
     scan, _ = phantom(2, 3)
+    segmenter = replace(segmenter, atlases=())
     windows = {focus: 0 for focus in (False, True)}
     made = {}
     for focus in windows:
@@ -406,7 +445,7 @@ def test_a_2d_network_takes_the_same_way(support, tmp_path):
     # Slices are segmented one by one: what another slice holds does not matter.
     working = flat.preprocess.forward(scan)
     upside = Volume(working.data.flip(3), working.affine)
-    alone = replace(flat, preprocess=_Untouched())
+    alone = replace(flat, preprocess=_Untouched(), atlases=())
     assert torch.allclose(alone.probabilities(working).data, alone.probabilities(upside).data.flip(3), atol=1e-4)
 
 

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small import phantom, tiny_model
@@ -15,6 +16,7 @@ from small import phantom, tiny_model
 from medmeta.data.preprocess import Preprocess
 from medmeta.data.volume import write_volume
 from medmeta.errors import InputError
+from medmeta.registration import make_atlas
 from medmeta.segmenter import Segmenter
 from medmeta.worklist import Manifest, Scan, described, fingerprint, list_scans, locked
 
@@ -227,5 +229,6 @@ def test_a_fingerprint_tells_models_apart_and_not_copies():
         replace(segmenter, labels=(2,)),
         replace(segmenter, patch=(8, 8, 16)),
         replace(segmenter, model=tiny_model("maml")),
+        replace(segmenter, atlases=(make_atlas(np.eye(4)[None], np.eye(4, dtype=np.int8)[None], (1.0, 1.0, 1.0)),)),
     ]
-    assert len({fingerprint(other) for other in [segmenter, *others]}) == 6
+    assert len({fingerprint(other) for other in [segmenter, *others]}) == 7
