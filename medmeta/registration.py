@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +12,16 @@ import numpy as np
 import torch
 from scipy.ndimage import uniform_filter
 from torch import Tensor
+from torch.nn.functional import avg_pool3d
 
 if TYPE_CHECKING:
     import SimpleITK
 
 VOXELS = 200_000
 """Voxels at most of the scans that are registered; finer ones take longer and give no better labels."""
+
+POOLED = 32
+"""How many times as many voxels ITK gets to see at all, of which it makes copies; beyond, means of several voxels."""
 
 FINER = 4
 """How many times as many voxels masks may have, and the probabilities that come of them."""
@@ -68,7 +73,7 @@ def make_atlas(image: np.ndarray, mask: np.ndarray, spacing: tuple[float, float,
     mask = np.maximum(mask, 0)
     labels = [0, *(int(label) for label in np.unique(mask) if label > 0)]
     with _one_thread():
-        small = _coarser(_image(_scaled(image), spacing), VOXELS)
+        small = _coarser(_scan(image, spacing), VOXELS)
         shares = [_coarser(_image((mask == label).astype(np.float32), spacing), FINER * VOXELS) for label in labels]
     # A voxel has the label of most of it.
     best = torch.stack([_tensor(share) for share in shares]).argmax(dim=0)
@@ -108,7 +113,7 @@ def carry_labels(image: np.ndarray, spacing: Sequence[float], atlases: Sequence[
     import SimpleITK
 
     with _one_thread():
-        there = _image(_scaled(image), spacing)
+        there = _scan(image, spacing)
         fixed = _coarser(there, VOXELS)
         grid = _coarser(there, FINER * VOXELS)
         total = torch.zeros(1 + classes, *grid.GetSize())
@@ -132,7 +137,7 @@ def carry_labels(image: np.ndarray, spacing: Sequence[float], atlases: Sequence[
     indices = torch.eye(4, dtype=torch.float64)
     for axis, (fine, coarse) in enumerate(zip(spacing, grid.GetSpacing(), strict=True)):
         indices[axis, axis] = fine / coarse
-        indices[axis, 3] = (there.GetOrigin()[axis] - grid.GetOrigin()[axis]) / coarse
+        indices[axis, 3] = (_origin(image.shape, spacing)[axis] - grid.GetOrigin()[axis]) / coarse
     probabilities = (1.0 - DOUBT) * total + DOUBT / len(total)
     return Carried(probabilities.half(), indices, MOST * sum(weights) / len(weights))
 
@@ -169,11 +174,18 @@ def _one_thread() -> Iterator[None]:
         SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
 
 
-def _scaled(data: np.ndarray) -> np.ndarray:
-    """0 to 1 between the darkest and the brightest but for half a per cent."""
-    data = data.astype(np.float32)
-    low, high = (float(value) for value in np.percentile(data, [0.5, 99.5]))
-    return np.clip((data - low) / max(high - low, 1e-6), 0.0, 1.0)
+def _scan(data: np.ndarray, spacing: Sequence[float]) -> SimpleITK.Image:
+    """A scan (X, Y, Z), 0 to 1 between the darkest and the brightest but for half a per cent."""
+    factors, sides = [1, 1, 1], np.array(spacing)
+    while math.prod(size // factor for size, factor in zip(data.shape, factors, strict=True)) > POOLED * VOXELS:
+        factors[int((sides * factors).argmin())] += 1
+    pooled = avg_pool3d(torch.from_numpy(data).float()[None, None], factors)[0, 0].numpy()
+    low, high = (float(value) for value in np.percentile(pooled, [0.5, 99.5]))
+    image = _image(np.clip((pooled - low) / max(high - low, 1e-6), 0.0, 1.0), (sides * factors).tolist())
+    # A remainder that fills no whole voxel is left out at the far end.
+    first = zip(_origin(data.shape, spacing), spacing, factors, strict=True)
+    image.SetOrigin([start + 0.5 * side * (factor - 1) for start, side, factor in first])
+    return image
 
 
 def _image(data: np.ndarray, spacing: Sequence[float]) -> SimpleITK.Image:

@@ -45,7 +45,8 @@ def main(given: Sequence[str] | None = None) -> None:
     for shots in arguments.shots:
         for draw in range(arguments.draws):
             support = task.of_patients(supports[draw][:shots])
-            segmenter = adapt_to(model, support, budget=Budget(steps=arguments.steps), seed=draw, **options)
+            budget = Budget(steps=arguments.steps)
+            segmenter = adapt_to(model, support, budget=budget, seed=draw, atlases=trial.atlases, **options)
             expected = segmenter.card["forecast"]
             dices = []
             for case in test.cases:

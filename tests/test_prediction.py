@@ -23,6 +23,7 @@ from medmeta.adaptation import Budget, adapt
 from medmeta.data.volume import Volume, grid_difference, read_header, read_labels, read_volume, write_volume
 from medmeta.errors import InputError
 from medmeta.prediction import STAGES, Prediction, predict
+from medmeta.registration import make_atlas
 from medmeta.segmenter import Segmentation, Segmenter
 
 
@@ -30,9 +31,9 @@ from medmeta.segmenter import Segmentation, Segmenter
 def segmenter(tmp_path_factory) -> Segmenter:
     folder = write_pairs(tmp_path_factory.mktemp("support"))
     targets = {"whole": (1, 2), "posterior": (2,)}
-    return adapt(
-        tiny_model(), folder / "images", folder / "labels", targets=targets, budget=Budget(steps=20, rate=1e-2)
-    )
+    # Most of these tests have nothing to do with registration, which takes longer than so small a network.
+    options = {"targets": targets, "budget": Budget(steps=20, rate=1e-2), "atlases": 0}
+    return adapt(tiny_model(), folder / "images", folder / "labels", **options)
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +347,9 @@ def test_too_little_memory_is_met_by_smaller_windows_and_then_told(segmenter, tm
 
 def test_the_account_is_a_table_too(segmenter, tmp_path):
     scans = write_pairs(tmp_path / "s", cases=(0,)) / "images"
+    mask = segmenter.preprocess.forward_mask(phantom(2, 0)[1].data.long(), phantom(2, 0)[1].affine, 2).numpy()
+    image = segmenter.preprocess.forward(phantom(2, 0)[0])
+    segmenter = replace(segmenter, atlases=(make_atlas(image.data[0].numpy(), mask, image.spacing),))
     write_volume(phantom(2, 1)[0], scans / 'an "odd",\nname.nii.gz')
     results = predict(segmenter, scans, tmp_path / "out", probabilities=True)
     with open(tmp_path / "out" / "predictions.csv", encoding="utf-8", newline="") as file:
@@ -355,6 +359,7 @@ def test_the_account_is_a_table_too(segmenter, tmp_path):
         assert float(row["whole_ml"]) == result.volumes_ml["whole"]
         stages = [float(row[f"{stage}_seconds"]) for stage in STAGES]
         assert sum(stages) == pytest.approx(result.seconds, abs=0.02)
+        assert float(row["registration_seconds"]) > 0
         scores = read_volume(tmp_path / "out" / f"{row['name']}_probabilities.nii.gz")
         assert scores.channels == 3
         assert torch.equal(scores.data, segmenter.probabilities(read_volume(result.scan)).data)

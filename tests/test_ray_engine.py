@@ -22,7 +22,8 @@ ray = pytest.importorskip("ray", reason="needs the extra ray")
 @pytest.fixture(scope="module")
 def segmenter(tmp_path_factory) -> Segmenter:
     folder = write_pairs(tmp_path_factory.mktemp("support"))
-    return adapt(tiny_model(), folder / "images", folder / "labels", targets={"whole": (1, 2)}, budget=Budget(steps=5))
+    options = {"targets": {"whole": (1, 2)}, "budget": Budget(steps=5), "atlases": 1}
+    return adapt(tiny_model(), folder / "images", folder / "labels", **options)
 
 
 @pytest.fixture

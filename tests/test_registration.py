@@ -66,9 +66,10 @@ def test_the_same_scans_give_the_same_labels_and_itk_keeps_its_threads():
     assert SimpleITK.ProcessObject.GetGlobalDefaultNumberOfThreads() == threads
 
 
-@pytest.mark.parametrize("voxels", [3000, 10**6])
-def test_a_coarse_grid_lies_where_the_fine_one_does(voxels, monkeypatch):
+@pytest.mark.parametrize(("voxels", "pooled"), [(3000, 100), (3000, 3), (10**6, 32)])
+def test_a_coarse_grid_lies_where_the_fine_one_does(voxels, pooled, monkeypatch):
     monkeypatch.setattr(module, "VOXELS", voxels)
+    monkeypatch.setattr(module, "POOLED", pooled)
     image, mask = head()
     atlas = make_atlas(image, mask, SPACING)
     carried = carry_labels(image, SPACING, [atlas], 2)
