@@ -24,7 +24,6 @@ from medmeta.files import read_json, replacing, write_json
 from medmeta.losses import dice_cross_entropy
 from medmeta.measure import median_seconds, peak_memory
 from medmeta.recipe import Prepared, Progress, Recipe, phase_episodes, prepare_tasks, train_recipe, untrained
-from medmeta.registration import ATLASES
 from medmeta.report import arm_panels, describe_adaptation, learning_curves
 from medmeta.review import write_comparison
 from medmeta.segmenter import Model
@@ -50,7 +49,8 @@ class Trial:
         patches: patches of one adaptation step.
         tolerance_mm: of surface Dice.
         best_dice: which labels are scored, see `Segmenter`.
-        atlases: labelled scans at most whose labels are carried by registration too, see `adapt_to`.
+        atlases: labelled scans at most whose labels are carried by registration too, see `adapt_to`; with 0 what was
+            learned is compared alone.
         seed: decides test patients, support sets and patches.
 
     Raises:
@@ -66,7 +66,7 @@ class Trial:
     patches: int = 2
     tolerance_mm: float = 2.0
     best_dice: bool = True
-    atlases: int = ATLASES
+    atlases: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ import argparse
 import multiprocessing
 import resource
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 
 import torch
@@ -23,6 +24,7 @@ from medmeta.data.preprocess import Preprocess
 from medmeta.data.volume import Volume
 from medmeta.learners import build_learner
 from medmeta.networks import build_network
+from medmeta.registration import Atlas
 from medmeta.segmenter import Model, Segmenter
 
 
@@ -51,6 +53,15 @@ def run(way: str, options: argparse.Namespace, answer: Connection) -> None:
     preprocess = Preprocess("CT", (options.working,) * 3, (-400.0, 400.0))
     patch = (options.patch,) * 3
     segmenter = Segmenter(model, {}, preprocess, {"all": labels}, labels, ("CT",), patch, best_dice=options.best_dice)
+    if options.atlas:
+        # The scan itself, coarse, so that it can be registered; its classes are its intensities.
+        sides = [64, 64, 48]
+        small = torch.nn.functional.interpolate(volume.data[None], sides, mode="trilinear")[0, 0].clamp(-400, 400)
+        spacing = tuple(
+            size * side / few for size, side, few in zip(options.shape, options.spacing, sides, strict=True)
+        )
+        mask = (small.add(400) / 800 * options.classes).round().to(torch.int8)
+        segmenter = replace(segmenter, atlases=(Atlas((small + 400).div(800).half(), spacing, mask, spacing),))
     before, started = peak_gib(), time.perf_counter()
     if way == "medmeta":
         result = segmenter.predict(volume, predictor=lambda _: windows).data
@@ -70,6 +81,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--patch", type=int, default=64)
     parser.add_argument("--only", choices=("medmeta", "MONAI"))
+    parser.add_argument("--atlas", action="store_true", help="carry the labels of an atlas too, which MONAI does not")
     parser.add_argument("--best-dice", action="store_true", help="label as predict does by default, not as MONAI does")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")

@@ -103,16 +103,16 @@ def test_other_weights_or_another_trial_are_other_results(task, arms, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3 + 1
 
 
-@pytest.mark.parametrize("best_dice", [False, True])
-def test_the_trial_says_which_labels_are_scored(task, arms, tmp_path, monkeypatch, best_dice):
+@pytest.mark.parametrize(("best_dice", "atlases"), [(False, 0), (True, 1)])
+def test_the_trial_says_which_labels_are_scored(task, arms, tmp_path, monkeypatch, best_dice, atlases):
     import medmeta.benchmark as module
 
     scored = []
     score = module.score_case
     monkeypatch.setattr(module, "score_case", lambda *call, **where: scored.append(call[0]) or score(*call, **where))
-    trial = Trial(shots=(1,), methods=("inner",), draws=1, test_patients=1, best_dice=best_dice)
+    trial = Trial(shots=(1,), methods=("inner",), draws=1, test_patients=1, best_dice=best_dice, atlases=atlases)
     compare({"a": arms["a"]}, task, trial, tmp_path)
-    assert [segmenter.best_dice for segmenter in scored] == [best_dice]
+    assert [(segmenter.best_dice, len(segmenter.atlases)) for segmenter in scored] == [(best_dice, atlases)]
 
 
 def test_an_unknown_way_to_adapt_is_refused():
