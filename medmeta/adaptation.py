@@ -408,8 +408,8 @@ def _self_train(
     Pseudo-labels (Lee 2013) under strong augmentation (Xie 2020, "Self-training with noisy student"). Both grids learn
     from what they make together. Every other patch of the rounds is of a labelled scan.
     """
-    alone = round(ALONE * budget.steps)
-    parts = [alone, *(len(part) for part in np.array_split(np.arange(budget.steps - alone), ROUNDS))]
+    ends = [round(budget.steps * (ALONE + (1 - ALONE) * number / ROUNDS)) for number in range(ROUNDS + 1)]
+    parts = [end - before for before, end in zip([0, *ends], ends, strict=False)]
     where = Where(device=device, precision=precision)
     started = time.monotonic()
     carried: dict[str, Carried | None] = {}

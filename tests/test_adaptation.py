@@ -421,7 +421,7 @@ def test_auto_learns_from_unlabelled_scans_where_there_are_some(scans, task):
     assert (segmenter.card["method"], segmenter.card["unlabelled"]) == ("self_training", {"scans": 1, "unusable": []})
     assert told == [(step, 7) for step in range(1, 8)]
     assert not same(segmenter.state, adapt_to(tiny_model(), task, budget=Budget(steps=7)).state)
-    limited = adapt_to(tiny_model(), scans, budget=Budget(steps=10**6, minutes=0.01))
+    limited = adapt_to(tiny_model(), scans, budget=Budget(steps=10**9, minutes=0.01))
     assert finite(limited.state)
     assert finite(adapt_to(tiny_model(), scans, budget=Budget(steps=0)).state)
 
