@@ -83,7 +83,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     # Both ways do the same: one network on one grid, the most probable class, all its pieces.
-    whole = load(options.model)
+    carrying = load(options.model)
+    whole = replace(carrying, atlases=())
     segmenter = replace(whole, single=(), overview=None, best_dice=False)
     scans = [path for path in sorted(options.folder.iterdir()) if is_volume(path)][: options.scans]
     ways: dict[str, Callable[[Path], object]] = {
@@ -99,6 +100,8 @@ def main() -> None:
     if whole.overview:
         ways["overview"] = lambda out: predict(whole, scans, out)
         ways["overview, focus"] = lambda out: predict(whole, scans, out, focus=True)
+        if carrying.atlases:
+            ways["overview, carried"] = lambda out: predict(carrying, scans, out)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.rounds):
