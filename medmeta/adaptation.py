@@ -19,12 +19,13 @@ from medmeta.episode import Examples, State
 from medmeta.errors import InputError
 from medmeta.evaluate import mean_score, score_case
 from medmeta.forecast import forecast
+from medmeta.inference import Layer
 from medmeta.learners import MetaLearner
 from medmeta.losses import dice_cross_entropy
 from medmeta.networks import build_network
 from medmeta.postprocess import one_piece
 from medmeta.pseudo_labels import with_pseudo_labels
-from medmeta.registration import ATLASES, Carried, make_atlas
+from medmeta.registration import ATLASES, make_atlas
 from medmeta.segmenter import Model, Segmenter, as_model
 from medmeta.support import prepare_support, require_targets, support_patches, support_task, with_unlabelled
 from medmeta.train import autocast
@@ -412,7 +413,7 @@ def _self_train(
     parts = [end - before for before, end in zip([0, *ends], ends, strict=False)]
     where = Where(device=device, precision=precision)
     started = time.monotonic()
-    carried: dict[str, Carried | None] = {}
+    carried: dict[str, Layer | None] = {}
 
     def learn(number: int, scans: StoredTask, before: Segmenter | None) -> Segmenter:
         minutes = None

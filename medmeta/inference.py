@@ -12,6 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -262,37 +263,80 @@ def collect(bands: Iterable[Band], shape: Sequence[int]) -> Tensor:
     return whole
 
 
-def blend(
-    bands: Iterable[Band], shape: Sequence[int], overview: Tensor, indices: Tensor, share: float
-) -> Iterator[Band]:
-    """Bands mixed with an overview, probabilities on a coarser grid: weighted geometric mean of both, summing to one.
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Probabilities of another origin, to be mixed into those of a network.
+
+    Args:
+        probabilities: (1+K, *S) on a grid that may be coarser and has the same axes; interpolated linearly.
+        indices: (4, 4) float64, from voxel indices of the network's grid to those of this one.
+        share: their weight, 0 to 1.
+    """
+
+    probabilities: Tensor
+    indices: Tensor
+    share: float
+
+
+def blend(bands: Iterable[Band], shape: Sequence[int], layers: Sequence[Layer]) -> Iterator[Band]:
+    """Bands mixed with one layer after the other: weighted geometric mean, summing to one. Each holds until the next.
 
     Args:
         bands: as of `sliding_bands`.
         shape: (X, Y, Z) of the grid of the bands.
-        overview: (1+K, *S) on the coarser grid, interpolated linearly.
-        indices: (4, 4), from voxel indices of the grid of the bands to those of the overview; both have the same axes.
-        share: weight of the overview, 0 to 1.
+        layers: what is mixed in.
     """
     places = [
-        (float(indices[axis, axis]) * torch.arange(shape[axis]) + float(indices[axis, 3])).clamp(0, size - 1)
-        for axis, size in enumerate(overview.shape[1:])
+        [
+            (float(layer.indices[axis, axis]) * torch.arange(shape[axis]) + float(layer.indices[axis, 3])).clamp(
+                0, size - 1
+            )
+            for axis, size in enumerate(layer.probabilities.shape[1:])
+        ]
+        for layer in layers
     ]
+    mixed = torch.empty(0)
     for first, rows in bands:
-        there = [places[0][first : first + rows.shape[1]], *places[1:]]
-        lowest, highest = int(there[0].min()), math.ceil(float(there[0].max()))
-        part = overview[:, lowest : highest + 1].to(rows.device, rows.dtype).unsqueeze(0)
-        there[0] = there[0] - lowest
-        # grid_sample counts from -1 to 1, and the last axis first.
-        scaled = [2.0 * at / max(1, size - 1) - 1.0 for at, size in zip(there, part.shape[2:], strict=True)]
-        grid = torch.stack(torch.meshgrid(*scaled, indexing="ij")[::-1], dim=-1).to(part)
-        seen = F.grid_sample(part, grid.unsqueeze(0), padding_mode="border", align_corners=True)[0]
-        mixed = (rows + LEAST) ** (1.0 - share) * (seen + LEAST) ** share
-        yield first, mixed / mixed.sum(dim=0)
+        if mixed.shape != rows.shape:
+            mixed = torch.empty_like(rows)
+        seen = [_at_rows(layer, each, first, rows) for layer, each in zip(layers, places, strict=True)]
+        slab = max(1, SCORE_BYTES // (4 * len(rows) * rows.shape[2] * rows.shape[3]))
+        for start in range(0, rows.shape[1], slab):
+            some = rows[:, start : start + slab]
+            for layer, at in zip(layers, seen, strict=True):
+                product = (some + LEAST) ** (1.0 - layer.share) * (at(start, start + slab) + LEAST) ** layer.share
+                some = product / product.sum(dim=0)
+            mixed[:, start : start + slab] = some
+        yield first, mixed
+
+
+def _places(layer: Layer, shape: Sequence[int]) -> list[Tensor]:
+    """Where the voxels of a grid lie in a layer, along each axis."""
+    scales, offsets = layer.indices.diag().tolist(), layer.indices[:, 3].tolist()
+    return [
+        (scale * torch.arange(count) + offset).clamp(0, size - 1)
+        for scale, offset, count, size in zip(scales, offsets, shape, layer.probabilities.shape[1:], strict=False)
+    ]
+
+
+def _at_rows(layer: Layer, places: Sequence[Tensor], first: int, rows: Tensor) -> Callable[[int, int], Tensor]:
+    """Gives the layer at some rows of a band; `places` as of `_places`."""
+    there = [places[0][first : first + rows.shape[1]], *places[1:]]
+    lowest, highest = int(there[0].min()), math.ceil(float(there[0].max()))
+    part = layer.probabilities[:, lowest : highest + 1].to(rows.device, rows.dtype).unsqueeze(0)
+    there[0] = there[0] - lowest
+    # grid_sample counts from -1 to 1, and the last axis first.
+    scaled = [2.0 * at / max(1, size - 1) - 1.0 for at, size in zip(there, part.shape[2:], strict=True)]
+
+    def at(start: int, stop: int) -> Tensor:
+        grid = torch.stack(torch.meshgrid(scaled[0][start:stop], *scaled[1:], indexing="ij")[::-1], dim=-1).to(part)
+        return F.grid_sample(part, grid.unsqueeze(0), padding_mode="border", align_corners=True)[0]
+
+    return at
 
 
 def seen_by(overview: Tensor, indices: Tensor) -> Callable[[Sequence[slice]], bool]:
-    """Whether an overview gives foreground the probability `SEEN_FROM` anywhere in a box. Arguments as of `blend`."""
+    """Whether an overview gives foreground the probability `SEEN_FROM` anywhere in a box. Arguments as of `Layer`."""
     foreground = overview[0] <= 1.0 - SEEN_FROM
 
     def seen(box: Sequence[slice]) -> bool:

@@ -10,12 +10,12 @@ import torch
 
 from medmeta.data.store import StoredCase, StoredTask, find_places, read_scan
 from medmeta.data.tasks import Task
-from medmeta.registration import Carried
+from medmeta.inference import Layer
 from medmeta.segmenter import Segmenter
 
 
 def with_pseudo_labels(
-    segmenter: Segmenter, task: Task, support: StoredTask, carried: dict[str, Carried | None], **options: Any
+    segmenter: Segmenter, task: Task, support: StoredTask, carried: dict[str, Layer | None], **options: Any
 ) -> StoredTask:
     """A support with its unlabelled scans among the labelled ones, each labelled as `segmenter` labels it.
 

@@ -14,6 +14,8 @@ from scipy.ndimage import uniform_filter
 from torch import Tensor
 from torch.nn.functional import avg_pool3d
 
+from medmeta.inference import Layer
+
 if TYPE_CHECKING:
     import SimpleITK
 
@@ -81,23 +83,7 @@ def make_atlas(image: np.ndarray, mask: np.ndarray, spacing: tuple[float, float,
     return Atlas(_tensor(small).half(), small.GetSpacing(), kept, shares[0].GetSpacing())
 
 
-@dataclass(frozen=True, eq=False)
-class Carried:
-    """What the atlases say of a scan.
-
-    Args:
-        probabilities: (1+K, *S) float16, summing to one, on a grid as coarse as that of an atlas' mask.
-        indices: (4, 4) float64 from voxel indices of the scan's working grid to those of this one.
-        share: 0 to `MOST`, the weight they deserve beside a network: the more the registered scans look alike in and
-            around the organ, the more.
-    """
-
-    probabilities: Tensor
-    indices: Tensor
-    share: float
-
-
-def carry_labels(image: np.ndarray, spacing: Sequence[float], atlases: Sequence[Atlas], classes: int) -> Carried:
+def carry_labels(image: np.ndarray, spacing: Sequence[float], atlases: Sequence[Atlas], classes: int) -> Layer:
     """The labels of atlases, carried to a scan and averaged.
 
     For each atlas a rigid, then an affine map that is best in mutual information (Mattes 2003), then symmetric demons
@@ -109,6 +95,10 @@ def carry_labels(image: np.ndarray, spacing: Sequence[float], atlases: Sequence[
         spacing: of the working grid, in mm.
         atlases: made of scans on the same kind of grid, one or more.
         classes: K.
+
+    Returns:
+        Probabilities in float16 on a grid as coarse as that of an atlas' mask; their share is 0 to `MOST`, the more the
+        registered scans look alike in and around the organ, the more.
     """
     import SimpleITK
 
@@ -139,7 +129,7 @@ def carry_labels(image: np.ndarray, spacing: Sequence[float], atlases: Sequence[
         indices[axis, axis] = fine / coarse
         indices[axis, 3] = (_origin(image.shape, spacing)[axis] - grid.GetOrigin()[axis]) / coarse
     probabilities = (1.0 - DOUBT) * total + DOUBT / len(total)
-    return Carried(probabilities.half(), indices, MOST * sum(weights) / len(weights))
+    return Layer(probabilities.half(), indices, MOST * sum(weights) / len(weights))
 
 
 def _likeness(

@@ -22,6 +22,7 @@ from medmeta.errors import InputError
 from medmeta.files import read_json, read_tensors, write_json, write_tensors
 from medmeta.inference import (
     Band,
+    Layer,
     Predictor,
     blend,
     collect,
@@ -36,7 +37,7 @@ from medmeta.inference import (
 from medmeta.learners import MetaLearner, build_learner
 from medmeta.networks import build_network
 from medmeta.postprocess import Certainty, keep_largest
-from medmeta.registration import Atlas, Carried, carry_labels
+from medmeta.registration import Atlas, carry_labels
 from medmeta.representation import segmentation_html, segmentation_line, segmenter_html, segmenter_line
 
 FORMAT = 1
@@ -148,7 +149,7 @@ class Segmenter:
         precision: torch.dtype = torch.float32,
         predictor: Callable[[Segmenter], Predictor] | None = None,
         seconds: dict[str, float] | None = None,
-        carried: Carried | None = None,
+        carried: Layer | None = None,
     ) -> Volume:
         """Class probabilities (1+K, *S) on the working grid.
 
@@ -181,7 +182,7 @@ class Segmenter:
         precision: torch.dtype = torch.float32,
         predictor: Callable[[Segmenter], Predictor] | None = None,
         seconds: dict[str, float] | None = None,
-        carried: Carried | None = None,
+        carried: Layer | None = None,
         probabilities: Volume | None = None,
     ) -> Segmentation:
         """Label map (1, X, Y, Z) int32 on exactly the scan's grid.
@@ -214,11 +215,11 @@ class Segmenter:
         }
         return Segmentation(labels, scan.affine, {name: certainty.dice(own) for name, own in classes.items()})
 
-    def carry(self, scan: Volume) -> Carried | None:
+    def carry(self, scan: Volume) -> Layer | None:
         """What the atlases say of a scan (C, X, Y, Z); None without any. The same for every state of the network."""
         return self._carry(self.preprocess.forward(scan)) if self.atlases else None
 
-    def _carry(self, working: Volume) -> Carried:
+    def _carry(self, working: Volume) -> Layer:
         spacing = working.affine[:3, :3].norm(dim=0).tolist()
         return carry_labels(working.data[0].numpy(), spacing, self.atlases, len(self.labels))
 
@@ -231,7 +232,7 @@ class Segmenter:
         precision: torch.dtype,
         predictor: Callable[[Segmenter], Predictor] | None,
         seconds: dict[str, float],
-        carried: Carried | None,
+        carried: Layer | None,
     ) -> tuple[Volume, Iterator[Band]]:
         """The working grid, and the probabilities on it as `restore_labels` takes them."""
         if scan.channels != len(self.channels):
@@ -253,22 +254,21 @@ class Segmenter:
             carried = self._carry(working)
             seconds["registration"] = time.perf_counter() - started
 
-        def with_atlases(bands: Iterator[Band]) -> Iterator[Band]:
-            if carried is None or carried.share == 0.0:
-                return bands
-            return blend(bands, working.shape, carried.probabilities, carried.indices, carried.share)
-
+        layers = [carried] if carried is not None and carried.share > 0.0 else []
         if self.overview is None:
-            return working, with_atlases(sliding_bands(image, self.patch, run, overlap=overlap, context=context))
-        coarse = self.overview.probabilities(
-            scan, overlap=overlap, device=device, precision=precision, predictor=predictor, seconds=seconds
-        )
-        overview, indices = coarse.data.half(), index_map(coarse.affine, working.affine)
-        wanted = seen_by(overview, indices) if focus else None
-        bands = sliding_bands(
-            image, self.patch, run, overlap=overlap, context=context, wanted=wanted, classes=len(self.labels)
-        )
-        return working, with_atlases(blend(bands, working.shape, overview, indices, self.overview_share))
+            bands = sliding_bands(image, self.patch, run, overlap=overlap, context=context)
+        else:
+            coarse = self.overview.probabilities(
+                scan, overlap=overlap, device=device, precision=precision, predictor=predictor, seconds=seconds
+            )
+            indices = index_map(coarse.affine, working.affine)
+            overview = Layer(coarse.data.half(), indices, self.overview_share)
+            layers.insert(0, overview)
+            wanted = seen_by(overview.probabilities, indices) if focus else None
+            bands = sliding_bands(
+                image, self.patch, run, overlap=overlap, context=context, wanted=wanted, classes=len(self.labels)
+            )
+        return working, blend(bands, working.shape, layers) if layers else bands
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the model folder. Raises InputError where something stands already; `overwrite` replaces a model."""

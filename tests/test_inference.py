@@ -15,6 +15,7 @@ from medmeta.data.volume import Volume
 from medmeta.errors import InputError
 from medmeta.inference import (
     LEVELS,
+    Layer,
     blend,
     collect,
     context_rows,
@@ -202,8 +203,9 @@ def test_a_box_is_seen_where_the_overview_has_foreground():
 
 @pytest.mark.parametrize("context", [0, 3])
 @pytest.mark.parametrize("shear", [0.0, 0.4])
-def test_an_overview_is_blended_band_by_band_as_if_whole(shear, context):
+def test_an_overview_is_blended_band_by_band_as_if_whole(shear, context, monkeypatch):
     """Oracle: MONAI brings the whole overview onto the finer grid."""
+    monkeypatch.setattr("medmeta.inference.SCORE_BYTES", 20_000)
     scan = Volume(random_scan(24, 22, 20), turned((2, 0, 1), (1, -1, 1), (1.3, 0.8, 2.0), shear))
     fine = Preprocess("MR", (1.2, 1.1, 2.0))
     grid, coarse = fine.forward(scan), fine.overview((2, 2, 2), [scan.shape]).forward(scan)
@@ -214,9 +216,14 @@ def test_an_overview_is_blended_band_by_band_as_if_whole(shear, context):
     seen = fine.inverse(Volume(overview, coarse.affine), grid).data
     for share in (0.0, 0.4, 1.0):
         bands = sliding_bands(grid.data, (8, 8, 8), network, context=context)
-        made = collect(blend(bands, grid.shape, overview, indices, share), grid.shape)
+        made = collect(blend(bands, grid.shape, [Layer(overview, indices, share)]), grid.shape)
         expected = ((1 - share) * (whole + 1e-3).log() + share * (seen + 1e-3).log()).softmax(dim=0)
         assert torch.allclose(made, expected, atol=1e-4)
+    layers = [Layer(overview, indices, 0.4), Layer(whole.flip(0), torch.eye(4, dtype=torch.float64), 0.25)]
+    bands = sliding_bands(grid.data, (8, 8, 8), network, context=context)
+    expected = ((0.6 * (whole + 1e-3).log() + 0.4 * (seen + 1e-3).log()).softmax(dim=0) + 1e-3).log()
+    expected = (0.75 * expected + 0.25 * (whole.flip(0) + 1e-3).log()).softmax(dim=0)
+    assert torch.allclose(collect(blend(bands, grid.shape, layers), grid.shape), expected, atol=1e-4)
 
 
 def test_a_class_that_wins_at_no_corner_can_win_between_them():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import SimpleITK
@@ -10,8 +12,8 @@ from scipy.ndimage import affine_transform, gaussian_filter
 from scipy.spatial.transform import Rotation
 
 import medmeta.registration as module
-from medmeta.inference import blend
-from medmeta.registration import DOUBT, MOST, Carried, carry_labels, make_atlas
+from medmeta.inference import Layer, blend
+from medmeta.registration import DOUBT, MOST, carry_labels, make_atlas
 
 SHAPE, SPACING = (44, 40, 30), (1.0, 1.1, 1.6)
 
@@ -35,9 +37,9 @@ def moved(data, order):
     return affine_transform(data, turn, offset=middle - turn @ middle + (3.0, -2.0, 1.0), order=order)
 
 
-def on_grid(carried: Carried, shape, classes=2):
+def on_grid(carried: Layer, shape, classes=2):
     flat = torch.full((1 + classes, *shape), 1.0 / (1 + classes))
-    ((_, made),) = blend(iter([(0, flat)]), shape, carried.probabilities, carried.indices, 1.0)
+    ((_, made),) = blend(iter([(0, flat)]), shape, [replace(carried, share=1.0)])
     return made.argmax(dim=0).numpy()
 
 
