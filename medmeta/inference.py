@@ -300,7 +300,8 @@ def blend(bands: Iterable[Band], shape: Sequence[int], layers: Sequence[Layer]) 
         if mixed.shape != rows.shape:
             mixed = torch.empty_like(rows)
         seen = [_at_rows(layer, each, first, rows) for layer, each in zip(layers, places, strict=True)]
-        slab = max(1, SCORE_BYTES // (4 * len(rows) * rows.shape[2] * rows.shape[3]))
+        # Half a dozen copies of these rows are held at a time.
+        slab = max(1, SCORE_BYTES // (6 * 4 * len(rows) * rows.shape[2] * rows.shape[3]))
         for start in range(0, rows.shape[1], slab):
             some = rows[:, start : start + slab]
             for layer, at in zip(layers, seen, strict=True):
