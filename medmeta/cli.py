@@ -220,7 +220,8 @@ def adapt(
 ) -> None:
     """Adapt a model to a new organ from a few labelled scans, and say how good it will be.
 
-    With 3 or more scans the way to adapt is chosen by leaving scans out, and the Dice on unseen scans is forecast.
+    The output layer grows to one row per class, the input layer to one slice per channel. From 3 scans on, leaving
+    scans out chooses the way to adapt, and forecasts Dice.
 
     Example: medmeta adapt model --images scans --labels labels --target kidney=2,3 --out kidney
     """
