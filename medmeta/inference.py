@@ -278,37 +278,29 @@ class Layer:
     share: float
 
 
-def blend(bands: Iterable[Band], shape: Sequence[int], layers: Sequence[Layer]) -> Iterator[Band]:
-    """Bands mixed with one layer after the other: weighted geometric mean, summing to one. Each holds until the next.
+def blend(bands: Iterable[Band], shape: Sequence[int], layers: Sequence[Layer], context: int = 0) -> Iterator[Band]:
+    """Bands mixed with one layer after the other: weighted geometric mean, summing to one; cut into thinner bands.
 
     Args:
         bands: as of `sliding_bands`.
         shape: (X, Y, Z) of the grid of the bands.
         layers: what is mixed in.
+        context: rows of the band before that are given again in front of each band, as `bands` do.
     """
-    places = [
-        [
-            (float(layer.indices[axis, axis]) * torch.arange(shape[axis]) + float(layer.indices[axis, 3])).clamp(
-                0, size - 1
-            )
-            for axis, size in enumerate(layer.probabilities.shape[1:])
-        ]
-        for layer in layers
-    ]
-    mixed = torch.empty(0)
+    places = [_places(layer, shape) for layer in layers]
+    done = 0
     for first, rows in bands:
-        if mixed.shape != rows.shape:
-            mixed = torch.empty_like(rows)
         seen = [_at_rows(layer, each, first, rows) for layer, each in zip(layers, places, strict=True)]
-        # Half a dozen copies of these rows are held at a time.
-        slab = max(1, SCORE_BYTES // (6 * 4 * len(rows) * rows.shape[2] * rows.shape[3]))
-        for start in range(0, rows.shape[1], slab):
-            some = rows[:, start : start + slab]
+        slab = max(1, SCORE_BYTES // (8 * len(rows) * rows.shape[2] * rows.shape[3]))
+        last = first + rows.shape[1]
+        for start in range(done, last, slab):
+            place = slice(max(0, start - context) - first, min(start + slab, last) - first)
+            mixed = rows[:, place]
             for layer, at in zip(layers, seen, strict=True):
-                product = (some + LEAST) ** (1.0 - layer.share) * (at(start, start + slab) + LEAST) ** layer.share
-                some = product / product.sum(dim=0)
-            mixed[:, start : start + slab] = some
-        yield first, mixed
+                mixed = (mixed + LEAST).pow_(1.0 - layer.share).mul_(at(place).add_(LEAST).pow_(layer.share))
+                mixed /= mixed.sum(dim=0)
+            yield first + place.start, mixed
+        done = last
 
 
 def _places(layer: Layer, shape: Sequence[int]) -> list[Tensor]:
@@ -320,7 +312,7 @@ def _places(layer: Layer, shape: Sequence[int]) -> list[Tensor]:
     ]
 
 
-def _at_rows(layer: Layer, places: Sequence[Tensor], first: int, rows: Tensor) -> Callable[[int, int], Tensor]:
+def _at_rows(layer: Layer, places: Sequence[Tensor], first: int, rows: Tensor) -> Callable[[slice], Tensor]:
     """Gives the layer at some rows of a band; `places` as of `_places`."""
     there = [places[0][first : first + rows.shape[1]], *places[1:]]
     lowest, highest = int(there[0].min()), math.ceil(float(there[0].max()))
@@ -329,8 +321,8 @@ def _at_rows(layer: Layer, places: Sequence[Tensor], first: int, rows: Tensor) -
     # grid_sample counts from -1 to 1, and the last axis first.
     scaled = [2.0 * at / max(1, size - 1) - 1.0 for at, size in zip(there, part.shape[2:], strict=True)]
 
-    def at(start: int, stop: int) -> Tensor:
-        grid = torch.stack(torch.meshgrid(scaled[0][start:stop], *scaled[1:], indexing="ij")[::-1], dim=-1).to(part)
+    def at(place: slice) -> Tensor:
+        grid = torch.stack(torch.meshgrid(scaled[0][place], *scaled[1:], indexing="ij")[::-1], dim=-1).to(part)
         return F.grid_sample(part, grid.unsqueeze(0), padding_mode="border", align_corners=True)[0]
 
     return at

@@ -268,7 +268,7 @@ class Segmenter:
             bands = sliding_bands(
                 image, self.patch, run, overlap=overlap, context=context, wanted=wanted, classes=len(self.labels)
             )
-        return working, blend(bands, working.shape, layers) if layers else bands
+        return working, blend(bands, working.shape, layers, context) if layers else bands
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the model folder. Raises InputError where something stands already; `overwrite` replaces a model."""

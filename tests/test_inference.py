@@ -216,14 +216,20 @@ def test_an_overview_is_blended_band_by_band_as_if_whole(shear, context, monkeyp
     seen = fine.inverse(Volume(overview, coarse.affine), grid).data
     for share in (0.0, 0.4, 1.0):
         bands = sliding_bands(grid.data, (8, 8, 8), network, context=context)
-        made = collect(blend(bands, grid.shape, [Layer(overview, indices, share)]), grid.shape)
+        made = collect(blend(bands, grid.shape, [Layer(overview, indices, share)], context), grid.shape)
         expected = ((1 - share) * (whole + 1e-3).log() + share * (seen + 1e-3).log()).softmax(dim=0)
         assert torch.allclose(made, expected, atol=1e-4)
     layers = [Layer(overview, indices, 0.4), Layer(whole.flip(0), torch.eye(4, dtype=torch.float64), 0.25)]
     bands = sliding_bands(grid.data, (8, 8, 8), network, context=context)
     expected = ((0.6 * (whole + 1e-3).log() + 0.4 * (seen + 1e-3).log()).softmax(dim=0) + 1e-3).log()
     expected = (0.75 * expected + 0.25 * (whole.flip(0) + 1e-3).log()).softmax(dim=0)
-    assert torch.allclose(collect(blend(bands, grid.shape, layers), grid.shape), expected, atol=1e-4)
+    made = collect(blend(bands, grid.shape, layers, context), grid.shape)
+    assert torch.allclose(made, expected, atol=1e-4)
+    back = index_map(grid.affine, scan.affine)
+    asked = context_rows(back, scan.shape)
+    bands = sliding_bands(grid.data, (8, 8, 8), network, context=asked)
+    labels = restore_labels(blend(bands, grid.shape, layers, asked), grid.shape, back, scan.shape, [0, 1, 2])
+    assert torch.equal(labels, restore_labels([(0, made)], grid.shape, back, scan.shape, [0, 1, 2]))
 
 
 def test_a_class_that_wins_at_no_corner_can_win_between_them():
