@@ -80,9 +80,9 @@ OVERVIEW_SHARE, FEW_SHARE = 1 / 3, 1 / 2
 OVERVIEW_FROM = 200
 """Steps from which on an overview is learned too; fewer are all for the finer grid."""
 
-ALONE, ROUNDS = 1 / 2, 3
-"""Share of the steps that self-training learns from the labelled scans alone, and rounds in which it then labels the
-unlabelled ones and goes on with them too."""
+MORE, ROUNDS = 1 / 2, 3
+"""Self-training adds this share of the steps to those on the labelled scans, in so many rounds, in each of which the
+unlabelled scans are labelled and learned from too."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ def adapt_to(
             more; "finetune" for 1 and 2. Where that is "finetune" and there are unlabelled scans, "self_training" takes
             its place. The card of the segmenter holds the scores and the forecast that follows from them, without
             unlabelled scans.
-        budget: how long each fine-tuning takes; with "auto" the minutes are those of all of them together.
+        budget: how long each fine-tuning takes, self-training half as many steps again (`MORE`); with "auto" the
+            minutes are those of all of them together.
         seed: which patches and augmentations are drawn.
         atlases: labelled scans at most whose labels are carried to others by registration too. The segmenter then
             holds these scans, on a coarser grid.
@@ -166,11 +167,13 @@ def adapt_to(
     minutes = None if budget.minutes is None else budget.minutes / (1 + REHEARSAL * rehearsals)
     full = replace(budget, minutes=minutes)
     part = replace(full, steps=round(REHEARSAL * full.steps), minutes=minutes and REHEARSAL * minutes)
-    total, told = rehearsals * part.steps + full.steps, 0
+    told = 0
 
-    def tell(step: int, _steps: int, loss: float) -> None:
+    def tell(step: int, steps: int, loss: float) -> None:
         if progress:
-            progress(told + step, total, loss)
+            # The last adaptation may be of another length than was planned.
+            rest = full.steps if told < rehearsals * part.steps else steps
+            progress(told + step, rehearsals * part.steps + rest, loss)
 
     scores: dict[str, list[dict[str, Any]]] = {}
     for candidate in candidates:
@@ -406,10 +409,12 @@ def _self_train(
 ) -> Segmenter:
     """Fine-tune on the labelled scans, then go on in rounds, each from what the last one makes of the unlabelled scans.
 
+    The minutes of the budget are those of all of it.
+
     Pseudo-labels (Lee 2013) under strong augmentation (Xie 2020, "Self-training with noisy student"). Both grids learn
     from what they make together. Every other patch of the rounds is of a labelled scan.
     """
-    ends = [round(budget.steps * (ALONE + (1 - ALONE) * number / ROUNDS)) for number in range(ROUNDS + 1)]
+    ends = [round(budget.steps * (1 + MORE * number / ROUNDS)) for number in range(ROUNDS + 1)]
     parts = [end - before for before, end in zip([0, *ends], ends, strict=False)]
     where = Where(device=device, precision=precision)
     started = time.monotonic()
@@ -421,7 +426,7 @@ def _self_train(
             left = budget.minutes - (time.monotonic() - started) / 60.0
             minutes = max(left * parts[number] / max(1, sum(parts[number:])), 1e-6)
         part = replace(budget, steps=parts[number], minutes=minutes)
-        told = _told_from(progress, sum(parts[:number]), budget.steps)
+        told = _told_from(progress, sum(parts[:number]), sum(parts))
         kept = 0 if before else atlases
         return adapt_support(
             model, task, scans, "finetune", part, seed + number, start=before, atlases=kept, progress=told, **where

@@ -419,7 +419,7 @@ def test_auto_learns_from_unlabelled_scans_where_there_are_some(scans, task):
     told = []
     segmenter = adapt_to(tiny_model(), scans, budget=Budget(steps=7), progress=lambda *given: told.append(given[:2]))
     assert (segmenter.card["method"], segmenter.card["unlabelled"]) == ("self_training", {"scans": 1, "unusable": []})
-    assert told == [(step, 7) for step in range(1, 8)]
+    assert told == [(step, 10) for step in range(1, 11)]
     assert not same(segmenter.state, adapt_to(tiny_model(), task, budget=Budget(steps=7)).state)
     limited = adapt_to(tiny_model(), scans, budget=Budget(steps=10**9, minutes=0.01))
     assert finite(limited.state)
