@@ -114,8 +114,8 @@ class Segmenter:
             probabilities are mixed into those of this one (`blend`).
         overview_share: their weight, 0 to 1.
         best_dice: labels are those whose expected Dice is best (`Certainty`); otherwise the most probable class.
-        atlases: labelled scans, coarse, whose labels are carried to a scan by registration and mixed in where that
-            goes well (`carry_labels`).
+        atlases: labelled scans, coarse, whose labels are carried to a scan by registration of the first channel, where
+            that goes well (`carry_labels`).
     """
 
     model: Model
