@@ -148,7 +148,8 @@ def _segment(model: Model, task: Task, trial: Trial, out: Path, seed: int) -> No
     test, supports = draw_supports(task, trial)
     support = task.of_patients(supports[0][: trial.shots[0]])
     budget = Budget(steps=max(trial.steps), rate=trial.rate)
-    segmenter = adapt_to(model, support, budget=budget, seed=seed, precision=torch.bfloat16)
+    # One atlas in place of three: registration would take longer here than all networks together.
+    segmenter = adapt_to(model, support, budget=budget, seed=seed, atlases=1, precision=torch.bfloat16)
     segmenter.save(out / "adapted")
     predict(segmenter, [case.images[0] for case in test.cases], out / "segmented")
     references = {case.id: case.labels for case in test.cases if case.labels is not None}
