@@ -73,7 +73,7 @@ class Atlas:
 def make_atlas(image: np.ndarray, mask: np.ndarray, spacing: tuple[float, float, float]) -> Atlas:
     """An atlas from a scan (X, Y, Z) and its mask (X, Y, Z) on one grid; `spacing` in mm."""
     mask = np.maximum(mask, 0)
-    labels = [0, *(int(label) for label in np.unique(mask) if label > 0)]
+    labels = np.union1d([0], mask).tolist()
     with _one_thread():
         small = _coarser(_scan(image, spacing), VOXELS)
         shares = [_coarser(_image((mask == label).astype(np.float32), spacing), FINER * VOXELS) for label in labels]
@@ -117,11 +117,14 @@ def carry_labels(image: np.ndarray, spacing: Sequence[float], atlases: Sequence[
             except RuntimeError:
                 # ITK cannot register a slice, or an image of one value.
                 alike = 0.0
-            weights.append(min(max((alike - ALIKE) / (SAME - ALIKE), 0.0), 1.0))
-            for label in range(1, classes + 1) if weights[-1] > 0 else ():
+            weight = min(max((alike - ALIKE) / (SAME - ALIKE), 0.0), 1.0)
+            weights.append(weight)
+            if weight == 0.0:
+                continue
+            for label in range(1, classes + 1):
                 share = _image((atlas.mask == label).float().numpy(), atlas.mask_spacing)
                 carried = _tensor(SimpleITK.Resample(share, grid, transform))
-                total[label] += weights[-1] * carried.clamp(0.0, 1.0)
+                total[label] += weight * carried.clamp(0.0, 1.0)
     total /= max(sum(weights), 1e-6)
     total[0] = (1.0 - total.sum(dim=0)).clamp(min=0.0)
     indices = torch.eye(4, dtype=torch.float64)
@@ -146,9 +149,9 @@ def _likeness(
     def mean(data: np.ndarray) -> np.ndarray:
         return np.asarray(uniform_filter(data, WINDOW))[inside]
 
-    deviations = [mean(data**2) - mean(data) ** 2 for data in (one, other)]
-    together = mean(one * other) - mean(one) * mean(other)
-    return float(np.mean(together / np.sqrt(np.maximum(deviations[0] * deviations[1], 1e-6))))
+    middle, other_middle = mean(one), mean(other)
+    variances = (mean(one**2) - middle**2) * (mean(other**2) - other_middle**2)
+    return float(np.mean((mean(one * other) - middle * other_middle) / np.sqrt(np.maximum(variances, 1e-6))))
 
 
 @contextmanager
@@ -202,12 +205,14 @@ def _coarser(image: SimpleITK.Image, voxels: int) -> SimpleITK.Image:
     """The finest grid of at most so many voxels, smoothed where they grow; thick voxels stay as they are."""
     import SimpleITK
 
-    size, before = np.array(image.GetSize()), np.array(image.GetSpacing())
-    side = float(before.min())
-    while np.maximum(1, np.round(size * before / np.maximum(before, side))).prod() > voxels:
-        side *= 1.05
-    sides = [max(float(old), side) for old in before]
-    fewer = [max(1, round(count * old / new)) for count, old, new in zip(image.GetSize(), before, sides, strict=True)]
+    size, before = image.GetSize(), image.GetSpacing()
+    finest = min(before)
+    while True:
+        sides = [max(old, finest) for old in before]
+        fewer = [max(1, round(count * old / new)) for count, old, new in zip(size, before, sides, strict=True)]
+        if math.prod(fewer) <= voxels:
+            break
+        finest *= 1.05
     for axis, (old, new) in enumerate(zip(before, sides, strict=True)):
         if new > 1.2 * old and size[axis] >= 4:  # which the filter needs
             image = SimpleITK.RecursiveGaussian(image, 0.5 * new, direction=axis)

@@ -253,7 +253,6 @@ class Segmenter:
             started = time.perf_counter()
             carried = self._carry(working)
             seconds["registration"] = time.perf_counter() - started
-
         layers = [carried] if carried is not None and carried.share > 0.0 else []
         if self.overview is None:
             bands = sliding_bands(image, self.patch, run, overlap=overlap, context=context)

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
+from medmeta.arguments import read_precision
 from medmeta.benchmark import compare, run_arms, summarise
 from medmeta.config import BenchmarkConfig, load_config
 from medmeta.registration import ATLASES
@@ -40,8 +39,9 @@ def main(given: Sequence[str] | None = None) -> None:
         rows = run_arms(config.plans(), task, config.trial, folder, device=arguments.device)
         # The same networks once more, with labels carried from the labelled scans.
         carried = replace(config.trial, atlases=ATLASES)
-        arms = {arm: load(folder / "models" / arm) for arm in ("transfer",)}
-        results = compare(arms, task, carried, folder / "trials", device=arguments.device, precision=torch.bfloat16)
+        arms = {"transfer": load(folder / "models" / "transfer")}
+        precision = read_precision(config.precision)
+        results = compare(arms, task, carried, folder / "trials", device=arguments.device, precision=precision)
         rows += [row | {"arm": REGISTERED} for row in summarise(results, list(task.targets), carried.seed)]
         columns = [(shots, arm) for shots in config.trial.shots for arm in (*config.arms, REGISTERED)]
         if not lines:

@@ -24,6 +24,7 @@ from medmeta.adaptation import Budget, adapt
 from medmeta.cli import main
 from medmeta.data.phantoms import write_phantoms
 from medmeta.data.volume import Volume, grid_difference, read_header, read_labels, write_volume
+from medmeta.registration import ATLASES
 from medmeta.segmenter import Segmenter, load
 
 VERBS = (
@@ -129,8 +130,10 @@ def test_adapt_with_unlabelled_scans(medmeta_command, model, support, tmp_path):
     assert load(tmp_path / "organ").card["method"] == "self_training"
 
 
-def test_adapt_takes_as_many_steps_as_the_api(medmeta_command):
-    assert f"[default: {Budget().steps}]" in medmeta_command("adapt", "--help").out
+def test_adapt_takes_as_many_steps_and_atlases_as_the_api(medmeta_command):
+    text = medmeta_command("adapt", "--help").out
+    assert f"[default: {Budget().steps}]" in text
+    assert f"[default: {ATLASES}]" in text
 
 
 def test_adapt_predict_evaluate(medmeta_command, model, support, tmp_path):
