@@ -25,7 +25,7 @@ from medmeta.losses import dice_cross_entropy
 from medmeta.networks import build_network
 from medmeta.postprocess import one_piece
 from medmeta.pseudo_labels import with_pseudo_labels
-from medmeta.registration import ATLASES, make_atlas
+from medmeta.registration import ATLASES, make_atlases
 from medmeta.segmenter import Model, Segmenter, as_model
 from medmeta.support import prepare_support, require_targets, support_patches, support_task, with_unlabelled
 from medmeta.train import autocast
@@ -143,7 +143,7 @@ def adapt_to(
             minutes are those of all of them together.
         seed: which patches and augmentations are drawn.
         atlases: labelled scans at most whose labels are carried to others by registration too. The segmenter then
-            holds these scans, on a coarser grid.
+            holds these scans, on a coarser grid; none that turns out to count for nothing (`make_atlases`).
         device: where to adapt.
         precision: bfloat16 runs the network under autocast.
         progress: called with (step, steps, loss).
@@ -284,8 +284,7 @@ def adapt_support(
         state = adapt_prepared(model.learner, view, method, part, seed, device, precision, told, begin)
         return make_segmenter(model, task, view, state, {})
 
-    kept = support.cases[:: -(-len(support.cases) // atlases)] if atlases else ()
-    made = tuple(make_atlas(case.image[0], case.mask, support.preprocess.spacing) for case in kept)
+    made = make_atlases(support, atlases)
     alone = start.overview is None if start else method != "inner" and budget.steps < OVERVIEW_FROM
     if support.overview is None or alone:
         return replace(learn(support, budget, 0, start), atlases=made)
@@ -437,6 +436,8 @@ def _self_train(
         scans = with_pseudo_labels(segmenter, task, support, carried, **where)
         made = learn(number, scans, segmenter)
         segmenter = replace(segmenter, state=made.state, overview=made.overview)
+    if not any(layer is not None and layer.share > 0.0 for layer in carried.values()):
+        segmenter = replace(segmenter, atlases=())
     return segmenter
 
 

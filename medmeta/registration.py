@@ -14,6 +14,7 @@ from scipy.ndimage import uniform_filter
 from torch import Tensor
 from torch.nn.functional import avg_pool3d
 
+from medmeta.data.store import StoredTask
 from medmeta.inference import Layer
 
 if TYPE_CHECKING:
@@ -81,6 +82,24 @@ def make_atlas(image: np.ndarray, mask: np.ndarray, spacing: tuple[float, float,
     best = torch.stack([_tensor(share) for share in shares]).argmax(dim=0)
     kept = torch.tensor(labels, dtype=torch.int8)[best]
     return Atlas(_tensor(small).half(), small.GetSpacing(), kept, shares[0].GetSpacing())
+
+
+def make_atlases(support: StoredTask, most: int) -> tuple[Atlas, ...]:
+    """Atlases from `most` scans at most, spread over the labelled ones.
+
+    Where there are other patients, a scan whose labels count for nothing in the next one of them is left out: it would
+    be registered to every scan for nothing.
+    """
+    spacing, cases = support.preprocess.spacing, support.cases
+    kept = []
+    for number in range(0, len(cases), -(-len(cases) // most)) if most else ():
+        case = cases[number]
+        atlas = make_atlas(case.image[0], case.mask, spacing)
+        others = (other for other in cases[number:] + cases[:number] if other.patient != case.patient)
+        other = next(others, None)
+        if other is None or carry_labels(other.image[0], spacing, [atlas], support.classes).share > 0.0:
+            kept.append(atlas)
+    return tuple(kept)
 
 
 def carry_labels(image: np.ndarray, spacing: Sequence[float], atlases: Sequence[Atlas], classes: int) -> Layer:
@@ -263,11 +282,11 @@ def _affine(fixed: SimpleITK.Image, moving: SimpleITK.Image) -> SimpleITK.Affine
 def _improve(transform: SimpleITK.Transform, fixed: SimpleITK.Image, moving: SimpleITK.Image) -> None:
     """In place; as it was where the scans hardly overlap."""
     method = _mutual_information()
-    method.SetOptimizerAsRegularStepGradientDescent(2.0, 1e-3, 100, 0.6)
+    method.SetOptimizerAsRegularStepGradientDescent(2.0, 1e-3, 50, 0.6)
     method.SetOptimizerScalesFromPhysicalShift()
-    levels = 3 if min(fixed.GetSize()) >= 32 else 2
-    method.SetShrinkFactorsPerLevel([4, 2, 1][-levels:])
-    method.SetSmoothingSigmasPerLevel([2, 1, 0][-levels:])
+    thick = min(fixed.GetSize()) >= 32
+    method.SetShrinkFactorsPerLevel([4, 2] if thick else [2, 1])
+    method.SetSmoothingSigmasPerLevel([2, 1] if thick else [1, 0])
     method.SetInitialTransform(transform, inPlace=True)
     parameters = transform.GetParameters()
     try:

@@ -472,6 +472,19 @@ def test_self_training_goes_on_from_what_it_learned_with_the_labels_that_gives(s
     assert len(made.atlases) == 2, "of the labelled scans"
 
 
+def test_a_single_labelled_scan_is_no_atlas_where_no_unlabelled_scan_is_like_it(tmp_path):
+    folder = write_pairs(tmp_path / "support", cases=range(1))
+    scan, _ = phantom(2, 1)
+    noise = torch.randn(scan.data.shape, generator=torch.Generator().manual_seed(0))
+    kept = []
+    for name, data in (("alike", scan.data), ("noise", noise)):
+        (tmp_path / name).mkdir()
+        write_volume(like(scan, data), tmp_path / name / "new.nii.gz")
+        task = support_task(folder / "images", folder / "labels", targets=TWO, unlabelled=[tmp_path / name])
+        kept.append(len(adapt_to(tiny_model(), task, method="self_training", budget=Budget(steps=2)).atlases))
+    assert kept == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("scans_there", "atlases", "expected"), [(2, 3, (0, 1)), (3, 0, ()), (3, 1, (0,)), (5, 3, (0, 2, 4))]
 )

@@ -12,8 +12,10 @@ from scipy.ndimage import affine_transform, gaussian_filter
 from scipy.spatial.transform import Rotation
 
 import medmeta.registration as module
+from medmeta.data.preprocess import Preprocess
+from medmeta.data.store import StoredCase, StoredTask
 from medmeta.inference import Layer, blend
-from medmeta.registration import DOUBT, MOST, carry_labels, make_atlas
+from medmeta.registration import DOUBT, MOST, carry_labels, make_atlas, make_atlases
 
 SHAPE, SPACING = (44, 40, 30), (1.0, 1.1, 1.6)
 
@@ -119,3 +121,26 @@ def test_what_is_ignored_is_no_organ_and_an_empty_mask_says_nothing():
     carried = carry_labels(image, SPACING, [make_atlas(image, ignored, SPACING)], 2)
     assert set(np.unique(on_grid(carried, SHAPE))) == {0, 2}
     assert carry_labels(image, SPACING, [make_atlas(image, np.zeros_like(mask), SPACING)], 2).share == 0.0
+
+
+def stored(*scans: tuple[str, np.ndarray, np.ndarray]) -> StoredTask:
+    cases = (StoredCase(str(n), patient, image[None], mask, {}) for n, (patient, image, mask) in enumerate(scans))
+    return StoredTask("heads", 2, (8, 8, 8), tuple(cases), Preprocess("MR", SPACING))
+
+
+def test_an_atlas_that_says_nothing_of_other_patients_is_left_out():
+    image, mask = head()
+    alike = [("b", moved(image, 1), moved(mask, 0)), ("a", image, mask)]
+    noise = ("c", np.random.default_rng(3).normal(size=SHAPE).astype(np.float32), mask)
+    kept = make_atlases(stored(*alike, noise), 3)
+    assert len(kept) == 1
+    assert torch.equal(kept[0].mask, make_atlas(*alike[0][1:], SPACING).mask), "the second is followed by noise"
+    assert not make_atlases(stored(alike[0], noise), 3)
+    assert len(make_atlases(stored(*alike, noise[:1] + alike[0][1:]), 3)) == 3
+
+
+def test_an_atlas_is_compared_with_another_patient_if_there_is_one():
+    image, mask = head()
+    noise = np.random.default_rng(3).normal(size=SHAPE).astype(np.float32)
+    assert len(make_atlases(stored(("a", image, mask), ("a", noise, mask)), 3)) == 2
+    assert not make_atlases(stored(("a", image, mask), ("a", image, mask), ("b", noise, mask)), 3)
