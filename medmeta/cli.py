@@ -211,7 +211,7 @@ def adapt(
         typer.Option(help="auto, finetune, self_training, lora, norms, head, inner (the learner's own) or scratch."),
     ] = "auto",
     steps: Annotated[int, typer.Option(help="Steps of each fine-tuning.")] = 1000,
-    atlases: Annotated[int, typer.Option(min=0, metavar="N", help="Scans to carry labels from.")] = 3,
+    atlases: Annotated[int, typer.Option(min=0, metavar="N", help="Scans to carry labels from.")] = 5,
     minutes: Annotated[float | None, typer.Option(help="Minutes at most, for all of it.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",

@@ -29,7 +29,7 @@ POOLED = 32
 FINER = 4
 """How many times as many voxels masks may have, and the probabilities that come of them."""
 
-ATLASES = 3
+ATLASES = 5
 """Labelled scans whose labels are carried at most."""
 
 ALIKE, SAME = 0.6, 0.9
@@ -38,8 +38,8 @@ ALIKE, SAME = 0.6, 0.9
 WINDOW = 7
 """Side in voxels of the cubes in which scans are correlated."""
 
-MOST = 0.5
-"""Largest weight of carried labels beside those of a network."""
+SHARPNESS = 2.3
+"""How much several atlases differ in their votes at a voxel: per mean of what their correlations lack of 1."""
 
 DOUBT = 0.02
 """Probability that a registration leaves to all classes alike."""
@@ -103,11 +103,11 @@ def make_atlases(support: StoredTask, most: int) -> tuple[Atlas, ...]:
 
 
 def carry_labels(image: np.ndarray, spacing: Sequence[float], atlases: Sequence[Atlas], classes: int) -> Layer:
-    """The labels of atlases, carried to a scan and averaged.
+    """The labels of atlases, carried to a scan, where they vote.
 
     For each atlas a rigid, then an affine map that is best in mutual information (Mattes 2003), then symmetric demons
-    (Vercauteren 2009) on matched histograms, all on one thread, so that the same scans give the same labels. Atlases
-    count by how alike they look after that (local weighted voting, Artaechevarria 2009, for the organ as a whole).
+    (Vercauteren 2009) on matched histograms, all on one thread, so that the same scans give the same labels. At each
+    voxel an atlas counts by how alike the registered scans look around it (local weighted voting, Artaechevarria 2009).
 
     Args:
         image: (X, Y, Z) on the working grid.
@@ -116,8 +116,9 @@ def carry_labels(image: np.ndarray, spacing: Sequence[float], atlases: Sequence[
         classes: K.
 
     Returns:
-        Probabilities in float16 on a grid as coarse as that of an atlas' mask; their share is 0 to `MOST`, the more the
-        registered scans look alike in and around the organ, the more.
+        Probabilities in float16 on a grid as coarse as that of an atlas' mask. Of n atlases their share is 0 to
+        n / (n + 1), which makes a network one rater among them, the more the registered scans look alike in and
+        around the organ, the more.
     """
     import SimpleITK
 
@@ -125,52 +126,75 @@ def carry_labels(image: np.ndarray, spacing: Sequence[float], atlases: Sequence[
         there = _scan(image, spacing)
         fixed = _coarser(there, VOXELS)
         grid = _coarser(there, FINER * VOXELS)
+        matches = [_match(fixed, atlas) for atlas in atlases]
+        weights = [min(max((match.alike - ALIKE) / (SAME - ALIKE), 0.0), 1.0) for match in matches]
+        voters = [(match, weight) for match, weight in zip(matches, weights, strict=True) if weight > 0.0]
         total = torch.zeros(1 + classes, *grid.GetSize())
-        weights = []
-        for atlas in atlases:
-            moving = _image(atlas.image.float().numpy(), atlas.spacing)
-            organ = _image((atlas.mask > 0).float().numpy(), atlas.mask_spacing)
-            try:
-                transform = _register(fixed, moving)
-                alike = _likeness(fixed, SimpleITK.Resample(moving, fixed, transform), organ, transform)
-            except RuntimeError:
-                # ITK cannot register a slice, or an image of one value.
-                alike = 0.0
-            weight = min(max((alike - ALIKE) / (SAME - ALIKE), 0.0), 1.0)
-            weights.append(weight)
-            if weight == 0.0:
-                continue
+        for (match, _), votes in zip(voters, _votes(voters, grid), strict=True):
             for label in range(1, classes + 1):
-                share = _image((atlas.mask == label).float().numpy(), atlas.mask_spacing)
-                carried = _tensor(SimpleITK.Resample(share, grid, transform))
-                total[label] += weight * carried.clamp(0.0, 1.0)
-    total /= max(sum(weights), 1e-6)
+                share = _image((match.atlas.mask == label).float().numpy(), match.atlas.mask_spacing)
+                total[label] += votes * _tensor(SimpleITK.Resample(share, grid, match.transform)).clamp(0.0, 1.0)
     total[0] = (1.0 - total.sum(dim=0)).clamp(min=0.0)
     indices = torch.eye(4, dtype=torch.float64)
     for axis, (fine, coarse) in enumerate(zip(spacing, grid.GetSpacing(), strict=True)):
         indices[axis, axis] = fine / coarse
         indices[axis, 3] = (_origin(image.shape, spacing)[axis] - grid.GetOrigin()[axis]) / coarse
     probabilities = (1.0 - DOUBT) * total + DOUBT / len(total)
-    return Layer(probabilities.half(), indices, MOST * sum(weights) / len(weights))
+    return Layer(probabilities.half(), indices, sum(weights) / (1 + len(weights)))
 
 
-def _likeness(
-    fixed: SimpleITK.Image, moved: SimpleITK.Image, organ: SimpleITK.Image, transform: SimpleITK.Transform
-) -> float:
-    """Mean correlation in the windows around the voxels of the organ, once it was carried over; 0 without any."""
+@dataclass(frozen=True, eq=False)
+class _Match:
+    """An atlas registered to a scan: from places in the scan to places in the atlas, and how alike they then look."""
+
+    atlas: Atlas
+    transform: SimpleITK.Transform
+    likeness: SimpleITK.Image
+    alike: float
+
+
+def _match(fixed: SimpleITK.Image, atlas: Atlas) -> _Match:
     import SimpleITK
 
-    inside = SimpleITK.GetArrayFromImage(SimpleITK.Resample(organ, fixed, transform)) > 0.5
-    if not inside.any():
-        return 0.0
+    moving = _image(atlas.image.float().numpy(), atlas.spacing)
+    organ = _image((atlas.mask > 0).float().numpy(), atlas.mask_spacing)
+    try:
+        transform = _register(fixed, moving)
+        likeness = _likeness(fixed, SimpleITK.Resample(moving, fixed, transform))
+        inside = _tensor(SimpleITK.Resample(organ, fixed, transform)) > 0.5
+    except RuntimeError:
+        # ITK cannot register a slice, or an image of one value.
+        return _Match(atlas, SimpleITK.Transform(), fixed, 0.0)
+    return _Match(atlas, transform, likeness, float(_tensor(likeness)[inside].mean()) if inside.any() else 0.0)
+
+
+def _votes(voters: Sequence[tuple[_Match, float]], grid: SimpleITK.Image) -> Tensor:
+    """(n, *grid), of sum 1 over the n pairs of a match and its weight."""
+    import SimpleITK
+
+    if not voters:
+        return torch.zeros(0)
+    lack = max(1.0 - sum(match.alike for match, _ in voters) / len(voters), 1e-3)
+    likeness = torch.stack([_tensor(SimpleITK.Resample(match.likeness, grid)) for match, _ in voters])
+    weights = torch.tensor([weight for _, weight in voters])
+    return torch.softmax(SHARPNESS * likeness / lack + weights.log()[:, None, None, None], dim=0)
+
+
+def _likeness(fixed: SimpleITK.Image, moved: SimpleITK.Image) -> SimpleITK.Image:
+    """Correlation of two scans on one grid in the window around each voxel."""
+    import SimpleITK
+
     one, other = (SimpleITK.GetArrayFromImage(image).astype(np.float64) for image in (fixed, moved))
 
     def mean(data: np.ndarray) -> np.ndarray:
-        return np.asarray(uniform_filter(data, WINDOW))[inside]
+        return np.asarray(uniform_filter(data, WINDOW))
 
     middle, other_middle = mean(one), mean(other)
     variances = (mean(one**2) - middle**2) * (mean(other**2) - other_middle**2)
-    return float(np.mean((mean(one * other) - middle * other_middle) / np.sqrt(np.maximum(variances, 1e-6))))
+    correlation = (mean(one * other) - middle * other_middle) / np.sqrt(np.maximum(variances, 1e-6))
+    made = SimpleITK.GetImageFromArray(correlation.astype(np.float32))
+    made.CopyInformation(fixed)
+    return made
 
 
 @contextmanager

@@ -3,8 +3,10 @@
     python scripts/hold_out.py --out runs
 
 Trains one body for each config `configs/hold_out_*.yaml` (half an hour each on a CPU core), adapts it and a network
-that was never trained to the same support scans for the same number of steps, and prints one table. What stands in the
-folders below `--out` from an earlier run is not done again.
+that was never trained to the same support scans for the same number of steps, and prints one table. Two more columns
+are what `medmeta adapt` does by default: labels carried by registration, and, for the smallest support, learning from
+unlabelled scans too, which are none of those that are tested on. What stands in the folders below `--out` from an
+earlier run is not done again.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from medmeta.segmenter import load
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 REGISTERED = "transfer, labels carried"
+UNLABELLED = "the same, and 12 unlabelled"
 SETS = ("abdomen", "hippocampus", "heart", "brain", "head_neck")
 
 
@@ -39,11 +42,16 @@ def main(given: Sequence[str] | None = None) -> None:
         rows = run_arms(config.plans(), task, config.trial, folder, device=arguments.device)
         # The same networks once more, with labels carried from the labelled scans.
         carried = replace(config.trial, atlases=ATLASES)
-        arms = {"transfer": load(folder / "models" / "transfer")}
-        precision = read_precision(config.precision)
-        results = compare(arms, task, carried, folder / "trials", device=arguments.device, precision=precision)
-        rows += [row | {"arm": REGISTERED} for row in summarise(results, list(task.targets), carried.seed)]
+        fewest = min(config.trial.shots)
+        taught = replace(carried, methods=("self_training",), shots=(fewest,))
+        model, precision = load(folder / "models" / "transfer"), read_precision(config.precision)
+        for arm, trial in ((REGISTERED, carried), (UNLABELLED, taught)):
+            results = compare(
+                {"transfer": model}, task, trial, folder / "trials", device=arguments.device, precision=precision
+            )
+            rows += [row | {"arm": arm} for row in summarise(results, list(task.targets), trial.seed)]
         columns = [(shots, arm) for shots in config.trial.shots for arm in (*config.arms, REGISTERED)]
+        columns.insert(columns.index((fewest, REGISTERED)) + 1, (fewest, UNLABELLED))
         if not lines:
             heads = [f"{shots} scan{'s' * (shots > 1)}, {arm}" for shots, arm in columns]
             lines = ["| held out | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]

@@ -15,7 +15,7 @@ import medmeta.registration as module
 from medmeta.data.preprocess import Preprocess
 from medmeta.data.store import StoredCase, StoredTask
 from medmeta.inference import Layer, blend
-from medmeta.registration import DOUBT, MOST, carry_labels, make_atlas, make_atlases
+from medmeta.registration import DOUBT, carry_labels, make_atlas, make_atlases
 
 SHAPE, SPACING = (44, 40, 30), (1.0, 1.1, 1.6)
 
@@ -55,7 +55,7 @@ def test_labels_follow_the_organ():
     assert max(dices(mask, there)) < 0.75, "where nothing moved nothing would be shown"
     carried = carry_labels(here * 300.0 + 40.0, SPACING, [make_atlas(image, mask, SPACING)], 2)
     assert min(dices(on_grid(carried, SHAPE), there)) > 0.9
-    assert carried.share == pytest.approx(MOST, abs=0.1)
+    assert carried.share == pytest.approx(1 / 2, abs=0.1)
     assert carried.probabilities.dtype == torch.float16
     assert float((carried.probabilities.float().sum(dim=0) - 1).abs().max()) < 5e-3
     assert float(carried.probabilities.min()) >= DOUBT / 3 - 1e-3
@@ -112,7 +112,27 @@ def test_the_atlas_that_fits_counts():
     good, bad = make_atlas(image, mask, SPACING), make_atlas(np.random.default_rng(2).normal(size=SHAPE), mask, SPACING)
     alone, both = (carry_labels(moved(image, 1), SPACING, atlases, 2) for atlases in ([good], [bad, good]))
     assert torch.equal(alone.probabilities, both.probabilities)
-    assert both.share == pytest.approx(alone.share / 2)
+    assert both.share == pytest.approx(alone.share * (1 / 3) / (1 / 2))
+
+
+def test_each_atlas_counts_where_it_looks_like_the_scan(monkeypatch):
+    monkeypatch.setattr(module, "ALIKE", 0.0)
+    image, mask = head()
+    other, _ = head(seed=5)
+    left = np.arange(SHAPE[0])[:, None, None] < SHAPE[0] // 2
+    halves = [make_atlas(np.where(right, image, other), np.where(right, mask, 0), SPACING) for right in (left, ~left)]
+    for atlas, alone in zip(halves, (0, 1), strict=True):
+        found = dices(on_grid(carry_labels(image, SPACING, [atlas], 2), SHAPE), mask)
+        assert found[alone] > 0.9
+        assert found[1 - alone] < 0.1
+    assert min(dices(on_grid(carry_labels(image, SPACING, halves, 2), SHAPE), mask)) > 0.9
+
+
+def test_a_flat_organ_keeps_its_labels():
+    image, mask = head()
+    flat = np.where(mask == 1, 2.0, image).astype(np.float32)
+    atlases = [make_atlas(flat, mask, SPACING), make_atlas(flat + 0.01, mask, SPACING)]
+    assert min(dices(on_grid(carry_labels(flat, SPACING, atlases, 2), SHAPE), mask)) > 0.9
 
 
 def test_what_is_ignored_is_no_organ_and_an_empty_mask_says_nothing():
