@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from medmeta.data.sampler import Augment, draw_patch
-from medmeta.data.store import StoredTask
+from medmeta.data.store import StoredTask, read_scan
 from medmeta.data.tasks import Task
 from medmeta.episode import Examples, State
 from medmeta.errors import InputError
@@ -162,31 +162,13 @@ def adapt_to(
     where = Where(device=device, precision=precision)
     started = time.monotonic()
     folds = _folds(task.labelled.patients, seed) if method == "auto" else []
-    candidates = CANDIDATES if folds else ()
-    rehearsals = len(candidates) * len(folds)
+    rehearsals = len(CANDIDATES) * len(folds)
     minutes = None if budget.minutes is None else budget.minutes / (1 + REHEARSAL * rehearsals)
     full = replace(budget, minutes=minutes)
     part = replace(full, steps=round(REHEARSAL * full.steps), minutes=minutes and REHEARSAL * minutes)
-    told = 0
-
-    def tell(step: int, steps: int, loss: float) -> None:
-        if progress:
-            # The last adaptation may be of another length than was planned.
-            rest = full.steps if told < rehearsals * part.steps else steps
-            progress(told + step, rehearsals * part.steps + rest, loss)
-
-    scores: dict[str, list[dict[str, Any]]] = {}
-    for candidate in candidates:
-        scores[candidate] = []
-        for left_out in folds:
-            others = task.labelled.of_patients([name for name in task.labelled.patients if name not in left_out])
-            rest = support.only({case.id for case in others.cases})
-            segmenter = adapt_support(
-                model, others, rest, candidate, part, seed, atlases=atlases, progress=tell, **where
-            )
-            told += part.steps
-            for case in task.labelled.of_patients(left_out).cases:
-                scores[candidate].append(score_case(segmenter, task, case, 2.0, **where))
+    rehearsed = rehearsals * part.steps
+    planned = _told_from(progress, 0, rehearsed + full.steps)
+    scores = _rehearse(model, task, support, folds, part, seed, atlases, where, planned)
     dices = {
         name: [mean_score(row[target]["dice"] for target in task.targets) for row in rows]
         for name, rows in scores.items()
@@ -202,7 +184,9 @@ def adapt_to(
         elif method != "auto":
             found = f"no unlabelled scan that can be used ({'; '.join(notes) or 'none given'})"
             raise InputError(f"task {task.name}", found, "one or more for self-training", "Use method finetune.")
-    segmenter = adapt_support(model, task, support, chosen, full, seed, atlases=atlases, progress=tell, **where)
+    # Self-training is longer than what was planned.
+    last = _told_from(progress, rehearsed)
+    segmenter = adapt_support(model, task, support, chosen, full, seed, atlases=atlases, progress=last, **where)
     card: dict[str, Any] = {"method": chosen, "seed": seed, **({} if chosen == "inner" else asdict(full))}
     card["seconds"] = round(time.monotonic() - started, 1)
     if support.unlabelled or notes:
@@ -212,6 +196,38 @@ def adapt_to(
         trained_on = round(len(task.labelled.cases) * (1 - 1 / len(folds)))
         card["forecast"] = forecast(dices[best], trained_on, len(task.labelled.cases), seed).to_dict()
     return replace(segmenter, card=segmenter.card | card)
+
+
+def _rehearse(
+    model: Model,
+    task: Task,
+    support: StoredTask,
+    folds: Sequence[Sequence[str]],
+    budget: Budget,
+    seed: int,
+    atlases: int,
+    where: Where,
+    progress: Callable[[int, int, float], None] | None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Candidate -> scores of every labelled scan by models that did not see its patient; `budget` is that of each."""
+    scores: dict[str, list[dict[str, Any]]] = {name: [] for name in CANDIDATES if folds}
+    done = 0
+    for left_out in folds:
+        others = task.labelled.of_patients([name for name in task.labelled.patients if name not in left_out])
+        rest = support.only({case.id for case in others.cases})
+        cases = task.labelled.of_patients(left_out).cases
+        kept = make_atlases(rest, atlases)
+        carried: dict[str, Layer | None] = {}
+        for candidate, rows in scores.items():
+            told = _told_from(progress, done)
+            made = adapt_support(model, others, rest, candidate, budget, seed, atlases=0, progress=told, **where)
+            done += budget.steps
+            segmenter = replace(made, atlases=kept)
+            for case in cases:
+                if case.id not in carried:
+                    carried[case.id] = segmenter.carry(read_scan(task, case))
+                rows.append(score_case(segmenter, task, case, 2.0, carried=carried[case.id], **where))
+    return scores
 
 
 def _folds(patients: Sequence[str], seed: int) -> list[list[str]]:
@@ -298,10 +314,10 @@ def adapt_support(
 
 
 def _told_from(
-    progress: Callable[[int, int, float], None] | None, done: int, steps: int
+    progress: Callable[[int, int, float], None] | None, done: int, steps: int | None = None
 ) -> Callable[[int, int, float], None] | None:
-    """Progress of a part that begins after `done` steps of `steps`."""
-    return progress and (lambda step, _, loss: progress(done + step, steps, loss))
+    """Progress of a part that begins after `done` steps of `steps`; of as many as it adds itself when None."""
+    return progress and (lambda step, own, loss: progress(done + step, steps or done + own, loss))
 
 
 def make_segmenter(model: Model, task: Task, support: StoredTask, state: State, card: dict[str, object]) -> Segmenter:
