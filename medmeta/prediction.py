@@ -18,13 +18,13 @@ import torch
 from medmeta.data.volume import Volume, read_header, read_labels, write_volume
 from medmeta.errors import InputError
 from medmeta.files import replacing, write_json
-from medmeta.inference import Predictor, fastest_precision, openvino_predictor
+from medmeta.inference import Layer, Predictor, fastest_precision, openvino_predictor
 from medmeta.representation import prediction_html, prediction_line
 from medmeta.segmenter import Segmentation, Segmenter, load
 from medmeta.worklist import Manifest, Scan, described, fingerprint, list_scans, locked, refuse_own_inputs
 
 AHEAD_BYTES = 256 * 2**20
-"""Scans up to this size, as float32, are read while the one before is still being segmented."""
+"""Scans up to this size, as float32, are read and registered while the one before is still being segmented."""
 
 ACCOUNT_EVERY = 20.0
 """Between two writings of the account passes at least this many times what the last one took."""
@@ -174,10 +174,11 @@ def predict_each(
 
 @dataclass
 class Read:
-    """A scan that is read, on its way to the network."""
+    """A scan that is read, and labels carried to it, on its way to the network."""
 
     job: Scan
     scan: Volume
+    carried: Layer | None = None
     stages: dict[str, float] = field(default_factory=dict)
     files: tuple[dict[str, Any], ...] = ()
 
@@ -250,9 +251,13 @@ class Work:
             scan = job.read()
             files = tuple(described(file) for file in job.sources())
             self._require_fit(job, scan)
+            stages = {"read": time.perf_counter() - started}
+            # Here, where the network works on another scan meanwhile.
+            carried = self.segmenter.carry(scan)
+            stages["registration"] = time.perf_counter() - started - stages["read"]
         except Exception as error:  # one bad scan never stops the others, whatever a library makes of it
             return self._failed(job, error)
-        return Read(job, scan, {"read": time.perf_counter() - started}, files)
+        return Read(job, scan, carried, stages, files)
 
     def segment(self, read: Read) -> Made | Prediction:
         """Segment a scan, with ever less memory where there is not enough."""
@@ -263,8 +268,10 @@ class Work:
                 stages: dict[str, float] = {}
                 scores = None
                 if self.probabilities:
-                    scores = segmenter.probabilities(read.scan, **options, seconds=stages)
-                labels = segmenter.predict(read.scan, **options, probabilities=scores, seconds=stages)
+                    scores = segmenter.probabilities(read.scan, **options, carried=read.carried, seconds=stages)
+                labels = segmenter.predict(
+                    read.scan, **options, carried=read.carried, probabilities=scores, seconds=stages
+                )
             except Exception as error:  # as above
                 if not _out_of_memory(error):
                     return self._failed(read.job, error, read.files)
@@ -340,7 +347,7 @@ def _in_smaller_windows(segmenter: Segmenter) -> Segmenter:
 
 
 def _locally(work: Work, jobs: Sequence[tuple[Scan, bool]], start: Callable[[Scan], None]) -> Iterator[Prediction]:
-    """Segment one scan after the other, the next one read and the last one written meanwhile."""
+    """Segment one scan after the other, the next one read and registered and the last one written meanwhile."""
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
 
         def ahead(job: Scan, keep: bool) -> Future[Read | Prediction | None]:
