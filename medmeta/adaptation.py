@@ -143,7 +143,8 @@ def adapt_to(
             minutes are those of all of them together.
         seed: which patches and augmentations are drawn.
         atlases: labelled scans at most whose labels are carried to others by registration too. The segmenter then
-            holds these scans, on a coarser grid; none that turns out to count for nothing (`make_atlases`).
+            holds these scans, on a coarser grid; none that turns out to count for nothing (`make_atlases`; with
+            self-training, none at all where they count for no unlabelled scan).
         device: where to adapt.
         precision: bfloat16 runs the network under autocast.
         progress: called with (step, steps, loss).

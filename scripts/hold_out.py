@@ -4,9 +4,9 @@
 
 Trains one body for each config `configs/hold_out_*.yaml` (half an hour each on a CPU core), adapts it and a network
 that was never trained to the same support scans for the same number of steps, and prints one table. Two more columns
-are what `medmeta adapt` does by default: labels carried by registration, and, for the smallest support, learning from
-unlabelled scans too, which are none of those that are tested on. What stands in the folders below `--out` from an
-earlier run is not done again.
+are the same body with labels carried by registration, as `medmeta adapt` does by default, and, for the smallest
+support, with unlabelled scans to learn from too, which are none of those that are tested on. What stands in the folders
+below `--out` from an earlier run is not done again.
 """
 
 from __future__ import annotations
