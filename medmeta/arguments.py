@@ -44,7 +44,11 @@ def one_of(*choices: str) -> Callable[[typer.Context, typer.CallbackParam, str],
 
 Backend = Annotated[
     str,
-    typer.Option("--backend", help="torch, or openvino (an extra).", callback=one_of("torch", "openvino")),
+    typer.Option(
+        "--backend",
+        help="torch, openvino (an extra), or auto: openvino where it is there.",
+        callback=one_of("auto", "torch", "openvino"),
+    ),
 ]
 Engine = Annotated[str, typer.Option("--engine", help="local, or ray (an extra).", callback=one_of("local", "ray"))]
 Workers = Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Processes of Ray.")]

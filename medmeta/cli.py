@@ -288,12 +288,12 @@ def predict(
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Write DICOM SEG too, for DICOM series.")] = False,
     report: Report = None,
     focus: Annotated[bool, typer.Option("--focus", help="Finely only where the overview sees something.")] = False,
-    backend: Backend = "torch",
+    backend: Backend = "auto",
     engine: Engine = "local",
     workers: Workers = 1,
     gpus_per_worker: GpusPerWorker = 0.0,
     device: Device = "cpu",
-    precision: Precision = "float32",
+    precision: Precision = "auto",
 ) -> None:
     """Segment scans and folders of scans, each on its own grid. Run it again to go on where it was stopped.
 

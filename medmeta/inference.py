@@ -7,6 +7,7 @@ more of a network. An ensemble, or an average over flips, is another such functi
 from __future__ import annotations
 
 import copy
+import importlib.util
 import itertools
 import math
 import time
@@ -136,6 +137,12 @@ def fastest_precision(device: torch.device | str) -> torch.dtype:
     else:
         native = getattr(torch.get_device_module(device), "is_bf16_supported", lambda: False)()
     return torch.bfloat16 if native else torch.float32
+
+
+def fastest_backend(learner: MetaLearner, state: State, device: torch.device | str) -> str:
+    """ "openvino" where it is installed and can run this network on this device, else "torch"."""
+    able = torch.device(device).type == "cpu" and learner.net.input_weight in state
+    return "openvino" if able and importlib.util.find_spec("openvino") else "torch"
 
 
 def timed(predictor: Predictor, seconds: dict[str, float]) -> Predictor:

@@ -18,7 +18,7 @@ import torch
 from medmeta.data.volume import Volume, read_header, read_labels, write_volume
 from medmeta.errors import InputError
 from medmeta.files import replacing, write_json
-from medmeta.inference import Layer, Predictor, fastest_precision, openvino_predictor
+from medmeta.inference import Layer, Predictor, fastest_backend, fastest_precision, openvino_predictor
 from medmeta.representation import prediction_html, prediction_line
 from medmeta.segmenter import Segmentation, Segmenter, load
 from medmeta.worklist import Manifest, Scan, described, fingerprint, list_scans, locked, refuse_own_inputs
@@ -30,7 +30,7 @@ ACCOUNT_EVERY = 20.0
 """Between two writings of the account passes at least this many times what the last one took."""
 
 ENGINES = ("local", "ray")
-BACKENDS = ("torch", "openvino")
+BACKENDS = ("auto", "torch", "openvino")
 STAGES = ("read", "preprocess", "registration", "network", "restore", "write")
 
 
@@ -114,7 +114,8 @@ def predict_each(
         recursive: search folders within folders.
         probabilities: write `<name>_probabilities.nii.gz` too, on the working grid.
         dicom_seg: write `<name>_seg.dcm` too for DICOM series (needs the extra `dicom`).
-        backend: "torch", or "openvino" on Intel and AMD processors (needs the extra `openvino`).
+        backend: "torch", "openvino" (a processor, and the extra `openvino`), or "auto": OpenVINO where it is installed
+            and can run the network, else torch; torch with the Ray engine.
         engine: "local", or "ray": the same work over a Ray cluster (needs the extra `ray`), whose machines all see the
             inputs and `out` under the same paths.
         workers: processes of the Ray engine, one thread each.
@@ -142,6 +143,10 @@ def predict_each(
     scans = list_scans(paths, len(segmenter.channels), recursive=recursive, besides=out)
     refuse_own_inputs(scans.values(), out)
     precision = fastest_precision(device) if precision == "auto" else precision
+    if backend == "auto":
+        # What is installed here says nothing of the other machines of a cluster.
+        local = engine == "local"
+        backend = fastest_backend(segmenter.model.learner, segmenter.state, device) if local else "torch"
     work = Work(
         segmenter, out, {"device": str(device), "precision": precision} | options, backend, probabilities, dicom_seg
     )
@@ -174,10 +179,11 @@ def predict_each(
 
 @dataclass
 class Read:
-    """A scan that is read, and labels carried to it, on its way to the network."""
+    """A scan that is read, on the grids of the segmenter, and labels carried to it, on its way to the network."""
 
     job: Scan
     scan: Volume
+    grids: Sequence[Volume] = ()
     carried: Layer | None = None
     stages: dict[str, float] = field(default_factory=dict)
     files: tuple[dict[str, Any], ...] = ()
@@ -251,13 +257,24 @@ class Work:
             scan = job.read()
             files = tuple(described(file) for file in job.sources())
             self._require_fit(job, scan)
-            stages = {"read": time.perf_counter() - started}
-            # Here, where the network works on another scan meanwhile.
-            carried = self.segmenter.carry(scan)
-            stages["registration"] = time.perf_counter() - started - stages["read"]
+            read = Read(job, scan, stages={"read": time.perf_counter() - started}, files=files)
+            self._prepare(read)
         except Exception as error:  # one bad scan never stops the others, whatever a library makes of it
             return self._failed(job, error)
-        return Read(job, scan, carried, stages, files)
+        return read
+
+    def _prepare(self, read: Read) -> None:
+        """What needs no network, here, where that works on another scan meanwhile."""
+        try:
+            started = time.perf_counter()
+            read.grids = self.segmenter.prepare(read.scan)
+            read.stages["preprocess"] = time.perf_counter() - started
+            read.carried = self.segmenter.carry(read.scan, read.grids)
+            read.stages["registration"] = time.perf_counter() - started - read.stages["preprocess"]
+        except Exception as error:
+            # Beside another scan there may be too little memory for what is possible alone, later.
+            if not _out_of_memory(error):
+                raise
 
     def segment(self, read: Read) -> Made | Prediction:
         """Segment a scan, with ever less memory where there is not enough."""
@@ -267,17 +284,17 @@ class Work:
             try:
                 stages: dict[str, float] = {}
                 scores = None
+                known: dict[str, Any] = {"grids": read.grids, "carried": read.carried, "seconds": stages}
                 if self.probabilities:
-                    scores = segmenter.probabilities(read.scan, **options, carried=read.carried, seconds=stages)
-                labels = segmenter.predict(
-                    read.scan, **options, carried=read.carried, probabilities=scores, seconds=stages
-                )
+                    scores = segmenter.probabilities(read.scan, **options, **known)
+                labels = segmenter.predict(read.scan, **options, **known, probabilities=scores)
             except Exception as error:  # as above
                 if not _out_of_memory(error):
                     return self._failed(read.job, error, read.files)
                 lacking = _one_line(error)
                 continue  # outside of this block the error would hold on to the memory
             read.stages |= stages
+            read.grids, read.carried = (), None  # while the label map is written, another scan needs the room
             return Made(read, labels, scores, (*notes, *([note] if note else [])))
         required = "more memory; smaller windows and the CPU were tried"
         lack = InputError(read.job.files[0], f"too little memory ({lacking})", required, "Crop the scan.")

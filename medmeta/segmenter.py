@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,7 @@ class Segmenter:
         precision: torch.dtype = torch.float32,
         predictor: Callable[[Segmenter], Predictor] | None = None,
         seconds: dict[str, float] | None = None,
+        grids: Sequence[Volume] = (),
         carried: Layer | None = None,
     ) -> Volume:
         """Class probabilities (1+K, *S) on the working grid.
@@ -162,13 +163,14 @@ class Segmenter:
             predictor: gives for a segmenter what segments its windows, see `medmeta.inference`. None: its network, in
                 torch.
             seconds: given the time of each stage.
+            grids: what `prepare` gave for this scan, where it was made before.
             carried: what `carry` gave for this scan, where it was made before.
 
         Raises:
             ValueError: the scan has another number of channels.
         """
         seconds = {} if seconds is None else seconds
-        grid, bands = self._bands(scan, overlap, focus, device, precision, predictor, seconds, carried)
+        grid, bands = self._bands(scan, overlap, focus, device, precision, predictor, seconds, grids, carried)
         return Volume(collect(bands, grid.shape), grid.affine)
 
     @torch.no_grad()
@@ -182,6 +184,7 @@ class Segmenter:
         precision: torch.dtype = torch.float32,
         predictor: Callable[[Segmenter], Predictor] | None = None,
         seconds: dict[str, float] | None = None,
+        grids: Sequence[Volume] = (),
         carried: Layer | None = None,
         probabilities: Volume | None = None,
     ) -> Segmentation:
@@ -191,14 +194,14 @@ class Segmenter:
 
         Args:
             probabilities: those of this scan, where they were made before; the network then does not run.
-            overlap, focus, device, precision, predictor, seconds, carried: as of `probabilities`.
+            overlap, focus, device, precision, predictor, seconds, grids, carried: as of `probabilities`.
 
         Raises:
             ValueError: the scan has another number of channels.
         """
         seconds = {} if seconds is None else seconds
         if probabilities is None:
-            grid, bands = self._bands(scan, overlap, focus, device, precision, predictor, seconds, carried)
+            grid, bands = self._bands(scan, overlap, focus, device, precision, predictor, seconds, grids, carried)
         else:
             grid, bands = probabilities, iter([(0, probabilities.data)])
         before, started = seconds.get("network", 0.0), time.perf_counter()
@@ -215,11 +218,19 @@ class Segmenter:
         }
         return Segmentation(labels, scan.affine, {name: certainty.dice(own) for name, own in classes.items()})
 
-    def carry(self, scan: Volume) -> Layer | None:
-        """What the atlases say of a scan (C, X, Y, Z); None without any. The same for every state of the network."""
-        return self._carry(self.preprocess.forward(scan)) if self.atlases else None
+    def prepare(self, scan: Volume) -> tuple[Volume, ...]:
+        """A scan (C, X, Y, Z) on the working grid and, where there is an overview, on that of the overview."""
+        own = self.preprocess.forward(scan)
+        return (own, *self.overview.prepare(scan)) if self.overview else (own,)
 
-    def _carry(self, working: Volume) -> Layer:
+    def carry(self, scan: Volume, grids: Sequence[Volume] = ()) -> Layer | None:
+        """What the atlases say of a scan (C, X, Y, Z); None without any. The same for every state of the network.
+
+        `grids` is what `prepare` gave for it, where it was made before.
+        """
+        if not self.atlases:
+            return None
+        working = grids[0] if grids else self.preprocess.forward(scan)
         spacing = working.affine[:3, :3].norm(dim=0).tolist()
         return carry_labels(working.data[0].numpy(), spacing, self.atlases, len(self.labels))
 
@@ -232,6 +243,7 @@ class Segmenter:
         precision: torch.dtype,
         predictor: Callable[[Segmenter], Predictor] | None,
         seconds: dict[str, float],
+        grids: Sequence[Volume],
         carried: Layer | None,
     ) -> tuple[Volume, Iterator[Band]]:
         """The working grid, and the probabilities on it as `restore_labels` takes them."""
@@ -239,9 +251,11 @@ class Segmenter:
             raise ValueError(
                 f"a scan with {scan.channels} channels; required: {len(self.channels)} ({', '.join(self.channels)})"
             )
-        started = time.perf_counter()
-        working = self.preprocess.forward(scan)
-        seconds["preprocess"] = seconds.get("preprocess", 0.0) + time.perf_counter() - started
+        if not grids:
+            started = time.perf_counter()
+            grids = self.prepare(scan)
+            seconds["preprocess"] = time.perf_counter() - started
+        working, *coarser = grids
         if predictor is None:
             run = torch_predictor(self.model.learner, self.state, device=device, precision=precision)
         else:
@@ -251,14 +265,20 @@ class Segmenter:
         image = working.data.to(device)
         if self.atlases and carried is None:
             started = time.perf_counter()
-            carried = self._carry(working)
+            carried = self.carry(scan, grids)
             seconds["registration"] = time.perf_counter() - started
         layers = [carried] if carried is not None and carried.share > 0.0 else []
         if self.overview is None:
             bands = sliding_bands(image, self.patch, run, overlap=overlap, context=context)
         else:
             coarse = self.overview.probabilities(
-                scan, overlap=overlap, device=device, precision=precision, predictor=predictor, seconds=seconds
+                scan,
+                overlap=overlap,
+                device=device,
+                precision=precision,
+                predictor=predictor,
+                seconds=seconds,
+                grids=coarser,
             )
             indices = index_map(coarse.affine, working.affine)
             overview = Layer(coarse.data.half(), indices, self.overview_share)

@@ -54,6 +54,7 @@ def plain(segmenter: Segmenter, scans: list[Path], out: Path, windows: int) -> N
         [
             mt.Invertd("pred", before, "image", nearest_interp=False, to_tensor=True),
             mt.AsDiscreted("pred", argmax=True),
+            mt.MapLabelValued("pred", range(1 + len(segmenter.labels)), [0, *segmenter.labels]),
             mt.SaveImaged("pred", output_dir=out, output_postfix="", separate_folder=False, print_log=False),
         ]
     )

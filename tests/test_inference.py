@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 
@@ -19,6 +20,7 @@ from medmeta.inference import (
     blend,
     collect,
     context_rows,
+    fastest_backend,
     index_map,
     levels_of,
     openvino_predictor,
@@ -258,6 +260,18 @@ def test_openvino_gives_the_probabilities_of_torch_and_reports_to_nobody(monkeyp
     assert torch.allclose(found, expected, atol=1e-4)
     assert float(expected.std()) > 0.01
     assert reports == []
+
+
+def test_the_fastest_backend_is_one_that_is_there_and_fits(monkeypatch):
+    from small import tiny_model
+
+    learner = tiny_model().learner
+    state, prototypes = learner.net.grow(1, 1), {"prototypes": torch.zeros(2)}
+    for installed, expected in ((True, "openvino"), (False, "torch")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=installed: found or None)
+        assert fastest_backend(learner, state, "cpu") == expected
+        assert fastest_backend(learner, prototypes, "cpu") == "torch"
+        assert fastest_backend(learner, state, "cuda:0") == "torch"
 
 
 def test_a_state_without_weights_is_no_network_for_openvino():

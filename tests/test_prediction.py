@@ -8,6 +8,7 @@ import locale
 import math
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -343,6 +344,25 @@ def test_too_little_memory_is_met_by_smaller_windows_and_then_told(segmenter, tm
     assert math.prod(tried[1]) < math.prod(tried[0])
     assert second.status == "failed"
     assert "too little memory (OutOfMemoryError: out of memory" in second.reason
+
+
+def test_a_scan_that_does_not_fit_beside_another_is_prepared_alone(segmenter, tmp_path, monkeypatch):
+    scans = write_pairs(tmp_path / "s", cases=(0, 1)) / "images"
+    expected = predict(segmenter, scans, tmp_path / "plenty")
+    own, asked = Segmenter.prepare, []
+
+    def scarce(self, scan):
+        asked.append(self)
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError
+        return own(self, scan)
+
+    monkeypatch.setattr(Segmenter, "prepare", scarce)
+    for one, two in zip(expected, predict(segmenter, scans, tmp_path / "scarce"), strict=True):
+        assert two.status == "done", two.reason
+        assert one.output.read_bytes() == two.output.read_bytes()
+        assert two.stages["preprocess"] > 0
+    assert asked
 
 
 def test_the_account_is_a_table_too(segmenter, tmp_path):

@@ -302,8 +302,20 @@ def test_carried_labels_are_mixed_in_by_their_share(segmenter, monkeypatch):
     assert torch.equal(known.probabilities(scan, carried=carried).data, mixed)
     assert torch.equal(known.predict(scan, carried=carried).data, known.predict(scan).data)
     assert len(calls) == 1, "what was carried before is not carried again"
+    grids = known.prepare(scan)
+    assert torch.equal(known.carry(scan, grids).probabilities, carried.probabilities)
     useless = replace(carried, share=0.0)
     assert torch.equal(known.probabilities(scan, carried=useless).data, network.data)
+
+
+def test_a_scan_is_brought_onto_the_grids_once(segmenter, monkeypatch):
+    scan, _ = phantom(2, 3)
+    grids = segmenter.prepare(scan)
+    for grid, one in zip(grids, (segmenter, segmenter.overview), strict=True):
+        assert grid.shape == one.probabilities(scan).shape
+    expected = segmenter.predict(scan).data
+    monkeypatch.setattr(Preprocess, "forward", lambda *_: pytest.fail("prepared again"))
+    assert torch.equal(segmenter.predict(scan, grids=grids, carried=None).data, expected)
 
 
 def test_focus_looks_closely_where_the_overview_sees_something(segmenter):
