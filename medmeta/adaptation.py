@@ -74,15 +74,18 @@ RECONTRAST = 0.5
 """Share of patches that get another contrast where a single MR scan is labelled; k scans show k contrasts themselves,
 and the share is k times less."""
 
+BEND = 0.8
+"""Share of patches that are deformed elastically where a single scan is labelled; k scans show k shapes themselves."""
+
 OVERVIEW_SHARE, FEW_SHARE = 1 / 3, 1 / 2
 """Weight of the overview's probabilities; the second with 1 and 2 scans, which teach places before borders."""
 
 OVERVIEW_FROM = 200
 """Steps from which on an overview is learned too; fewer are all for the finer grid."""
 
-MORE, ROUNDS = 1 / 2, 3
-"""Self-training adds this share of the steps to those on the labelled scans, in so many rounds, in each of which the
-unlabelled scans are labelled and learned from too."""
+MORE, ROUNDS, FEW_ROUNDS = 1 / 6, 3, 6
+"""Self-training adds rounds of this share of the steps, in each of which the unlabelled scans are labelled and learned
+from too; the second number with 1 and 2 labelled scans, which leave more to learn from the others."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,8 @@ def adapt_to(
             more; "finetune" for 1 and 2. Where that is "finetune" and there are unlabelled scans, "self_training" takes
             its place. The card of the segmenter holds the scores and the forecast that follows from them, without
             unlabelled scans.
-        budget: how long each fine-tuning takes, self-training half as many steps again (`MORE`); with "auto" the
-            minutes are those of all of them together.
+        budget: how long each fine-tuning takes, self-training half as many steps again, with 1 and 2 scans as many
+            again (`ROUNDS`); with "auto" the minutes are those of all of them together.
         seed: which patches and augmentations are drawn.
         atlases: labelled scans at most whose labels are carried to others by registration too. The segmenter then
             holds these scans, on a coarser grid; none that turns out to count for nothing (`make_atlases`; with
@@ -366,7 +369,12 @@ def adapt_prepared(
     average = {name: tensor.detach().clone() for name, tensor in moved.items()}
     preprocess, patients = support.preprocess, len({case.patient for case in support.cases})
     augment = Augment(
-        support.patch, preprocess.spacing, preprocess.modality, strength=STRENGTH, recontrast=RECONTRAST / patients
+        support.patch,
+        preprocess.spacing,
+        preprocess.modality,
+        strength=STRENGTH,
+        recontrast=RECONTRAST / patients,
+        bend=BEND / patients,
     )
     peak = budget.rate * RATES.get(method, 1.0)
     head_rate, balance = HEAD_RATE, BALANCE
@@ -430,7 +438,8 @@ def _self_train(
     Pseudo-labels (Lee 2013) under strong augmentation (Xie 2020, "Self-training with noisy student"). Both grids learn
     from what they make together. Every other patch of the rounds is of a labelled scan.
     """
-    ends = [round(budget.steps * (1 + MORE * number / ROUNDS)) for number in range(ROUNDS + 1)]
+    rounds = FEW_ROUNDS if len(task.labelled.patients) < 3 else ROUNDS
+    ends = [round(budget.steps * (1 + MORE * number)) for number in range(rounds + 1)]
     parts = [end - before for before, end in zip([0, *ends], ends, strict=False)]
     where = Where(device=device, precision=precision)
     started = time.monotonic()

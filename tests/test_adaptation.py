@@ -14,6 +14,7 @@ from small import like, phantom, tiny_2d, tiny_model, write_pairs
 
 from medmeta.adaptation import (
     CANDIDATES,
+    FEW_ROUNDS,
     METHODS,
     ROUNDS,
     Budget,
@@ -459,17 +460,31 @@ def test_self_training_goes_on_from_what_it_learned_with_the_labels_that_gives(s
     monkeypatch.setattr(module, "adapt_prepared", noted)
     monkeypatch.setattr(module, "with_pseudo_labels", labelled)
     made = adapt_support(tiny_model(), scans, support, "self_training", Budget(steps=12))
-    rounds = [4, 4] * ROUNDS
+    rounds = [4, 4] * FEW_ROUNDS
     assert [len(view.cases) for view, *_ in calls] == [2, 2, *rounds], "every second patch is of a labelled scan"
     assert [begin for _, begin, _ in calls[:2]] == [None, None]
     for (*_, before), (_, begin, _) in zip(calls, calls[2:], strict=False):
         assert same(begin, before), "each grid goes on from its own weights"
-    assert len(labelled_by) == ROUNDS
+    assert len(labelled_by) == FEW_ROUNDS
     assert all(same(state, calls[2 * number][2]) for number, state in enumerate(labelled_by))
     assert same(made.state, calls[-2][2])
     assert same(made.overview.state, calls[-1][2])
     assert made.card["support_scans"] == 2
     assert len(made.atlases) == 2, "of the labelled scans"
+
+
+def test_fewer_rounds_where_there_are_more_labelled_scans(scans, three, monkeypatch):
+    import medmeta.adaptation as module
+
+    steps = []
+    monkeypatch.setattr(module, "adapt_prepared", lambda *given: steps.append(given[3].steps) or given[-1] or start)
+    monkeypatch.setattr(module, "with_pseudo_labels", lambda _segmenter, _task, support, *_, **__: support)
+    start = dict(tiny_model().learner.start(1, 2))
+    for labelled, rounds in ((scans, FEW_ROUNDS), (three, ROUNDS)):
+        steps.clear()
+        whole = replace(scans, cases=(*labelled.labelled.cases, scans.cases[-1]))
+        adapt_to(tiny_model(), whole, method="self_training", budget=Budget(steps=60), atlases=0)
+        assert steps == [30, 30, *[5, 5] * rounds]
 
 
 def test_a_single_labelled_scan_is_no_atlas_where_no_unlabelled_scan_is_like_it(tmp_path):

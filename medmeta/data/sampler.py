@@ -15,6 +15,9 @@ from medmeta.episode import IGNORED, Episode, Examples
 FOREGROUND = 0.75
 """Share of patches that are drawn around a foreground voxel (then around one of a random class)."""
 
+FURTHEST, NODES = 0.1, 4
+"""Of an elastic deformation, see `Augment`."""
+
 
 def draw_patch(
     case: StoredCase, patch: Sequence[int], rng: np.random.Generator, *, labels: Sequence[int] | None = None
@@ -69,8 +72,8 @@ def draw_contrast(image: Tensor, rng: np.random.Generator) -> Tensor:
 class Augment:
     """Paired augmentation of few scans: the patient's pose for image and mask, the scanner's moods for the image alone.
 
-    Rotation to 15 degrees, scale 0.85 to 1.15 and shear; noise, blur, low resolution, gamma, gain and offset to 0.25
-    and, for MR, a bias field. No mirroring: left and right organs stay what they are.
+    Rotation to 15 degrees, scale 0.85 to 1.15, shear and elastic deformation; noise, blur, low resolution, gamma, gain
+    and offset to 0.25 and, for MR, a bias field. No mirroring: left and right organs stay what they are.
 
     Args:
         patch: patch shape in voxels.
@@ -89,6 +92,7 @@ class Augment:
         *,
         strength: float = 1.0,
         recontrast: float = 0.0,
+        bend: float = 0.0,
     ) -> None:
         from monai.transforms import (
             Compose,
@@ -100,6 +104,7 @@ class Augment:
             RandScaleIntensityd,
             RandShiftIntensityd,
             RandSimulateLowResolutiond,
+            RandSmoothDeformd,
         )
 
         # Thick slices turn only within their plane: elsewhere a rotation in voxels would shear the organ.
@@ -126,6 +131,22 @@ class Augment:
             RandScaleIntensityd("image", factors=gain, prob=0.5),
             RandShiftIntensityd("image", offsets=gain, prob=0.5),
         ]
+        if bend > 0:
+            steps.insert(
+                0,
+                RandSmoothDeformd(
+                    keys,
+                    spatial_size=tuple(patch),
+                    rand_size=[min(NODES, side) for side in patch],
+                    prob=bend,
+                    # Of coordinates from -1 to 1.
+                    def_range=2 * FURTHEST,
+                    field_mode="trilinear",
+                    grid_mode=("bilinear", "nearest"),
+                    align_corners=True,
+                    grid_align_corners=True,
+                ),
+            )
         if modality != "CT":
             steps.append(RandBiasFieldd("image", prob=0.3, degree=3, coeff_range=(0.0, 0.2)))
         self._compose = Compose(steps)

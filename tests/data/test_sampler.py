@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medmeta.data.preprocess import Preprocess
-from medmeta.data.sampler import FOREGROUND, Augment, EpisodeSampler, draw_contrast, draw_patch
+from medmeta.data.sampler import FOREGROUND, FURTHEST, Augment, EpisodeSampler, draw_contrast, draw_patch
 from medmeta.data.store import StoredCase, StoredTask, find_places, fit_preprocess, prepare
 from medmeta.data.tasks import load_task
 from medmeta.episode import IGNORED, Episode
@@ -247,6 +247,30 @@ def test_thick_slices_turn_only_within_their_plane():
         _, mask = augment(torch.zeros(1, 24, 24, 24), slab, rng)
         columns = [mask[:, :, z][mask[:, :, z] != IGNORED] for z in range(24)]
         assert all(len(column.unique()) <= 1 for column in columns), "a flat border stays flat"
+
+
+def test_bending_moves_every_part_another_way_and_none_far():
+    augment, rng = Augment((32, 32, 32), (1.0, 1.0, 1.0), "CT", bend=0.8), np.random.default_rng(0)
+    augment._compose.transforms = augment._compose.transforms[:1]
+    grid = torch.stack(torch.meshgrid(*[torch.arange(32.0)] * 3, indexing="ij"))
+    blocks = (grid // 4).long()
+    number = blocks[0] * 64 + blocks[1] * 8 + blocks[2]
+    still, deformed = 0, 0
+    for _ in range(20):
+        came_from, mask = augment(grid, number, rng)
+        moved = (came_from - grid)[:, 1:-1, 1:-1, 1:-1]
+        assert moved.abs().max() <= FURTHEST * 31 + 1e-3
+        if moved.abs().max() < 1e-3:
+            still += 1
+            continue
+        deformed += 1
+        assert (moved.flatten(1).std(dim=1) > 0.2).all(), "no mere shift"
+        assert (torch.diff(came_from, dim=1)[0] > -1e-3).all(), "nothing folds"
+        # A label comes from the voxel nearest to where the image comes from.
+        inside = came_from.round().long() // 4
+        assert (mask == inside[0] * 64 + inside[1] * 8 + inside[2]).float().mean() > 0.999
+    assert still >= 1
+    assert deformed >= 10
 
 
 def test_ignored_voxels_stay_ignored():
