@@ -140,7 +140,7 @@ def fastest_precision(device: torch.device | str) -> torch.dtype:
 
 
 def fastest_backend(learner: MetaLearner, state: State, device: torch.device | str) -> str:
-    """ "openvino" where it is installed and can run this network on this device, else "torch"."""
+    """The name "openvino" where that is installed and can run this network on this device, else "torch"."""
     able = torch.device(device).type == "cpu" and learner.net.input_weight in state
     return "openvino" if able and importlib.util.find_spec("openvino") else "torch"
 

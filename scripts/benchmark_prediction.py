@@ -5,7 +5,8 @@
 The plain pipeline is LoadImage, Orientation, Spacing, intensities, sliding_window_inference of probabilities, Invert,
 argmax and SaveImage, as MONAI's tutorials write it. Ways take turns, so that other work on the machine slows all of
 them; the median round counts. Dice is between the label maps of the plain pipeline and of each way on the working grid
-alone; with an overview, between those with and without focus.
+alone; with an overview, between those with and without focus. `medmeta predict` chooses among the first ways what the
+machine has.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def main() -> None:
     scans = [path for path in sorted(options.folder.iterdir()) if is_volume(path)][: options.scans]
     ways: dict[str, Callable[[Path], object]] = {
         "plain MONAI": lambda out: plain(segmenter, scans, out, options.windows),
-        "default": lambda out: predict(segmenter, scans, out),
+        "float32": lambda out: predict(segmenter, scans, out),
         "bfloat16": lambda out: predict(segmenter, scans, out, precision=torch.bfloat16),
     }
     if importlib.util.find_spec("openvino"):

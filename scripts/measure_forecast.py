@@ -1,6 +1,6 @@
 """How well the forecast of `adapt` and the certainty of a label map match the truth, on a set that the model never saw.
 
-    python scripts/measure_forecast.py runs/learners_hippocampus/models/transfer configs/learners_hippocampus.yaml
+    python scripts/measure_forecast.py runs/hold_out_abdomen/models/transfer configs/hold_out_abdomen.yaml
 
 For each support draw: adapt with --method auto, note what it forecasts, segment the test patients of the config, and
 compare. Printed are the forecast and true mean Dice of each draw, the share of draws whose 90 % interval holds the true
@@ -33,8 +33,9 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the config")
     arguments = parser.parse_args(given)
-    config = load_config(BenchmarkConfig, arguments.config)
+    config = load_config(BenchmarkConfig, arguments.config, arguments.set)
     task, model = config.held_out_task(), load(arguments.model)
     options = {"device": arguments.device, "precision": fastest_precision(arguments.device)}
     print("| scans | draw | way | forecast (90 % interval) | true mean | scans inside their interval |")
@@ -46,7 +47,7 @@ def main(given: Sequence[str] | None = None) -> None:
         for draw in range(arguments.draws):
             support = task.of_patients(supports[draw][:shots])
             budget = Budget(steps=arguments.steps)
-            segmenter = adapt_to(model, support, budget=budget, seed=draw, atlases=trial.atlases, **options)
+            segmenter = adapt_to(model, support, budget=budget, seed=draw, **options)
             expected = segmenter.card["forecast"]
             dices = []
             for case in test.cases:
