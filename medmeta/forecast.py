@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-SPREAD, SPREAD_WEIGHT = 0.45, 4
+SPREAD, SPREAD_WEIGHT = 0.6, 4
 """Standard deviation of Dice over scans on the logit scale, and how many scans this prior knowledge counts for."""
 
 SLOPE, SLOPE_DEVIATION = 0.35, 0.2
