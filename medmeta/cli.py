@@ -293,7 +293,7 @@ def predict(
     workers: Workers = 1,
     gpus_per_worker: GpusPerWorker = 0.0,
     device: Device = "cpu",
-    precision: Precision = "auto",
+    precision: Precision = "float32",
 ) -> None:
     """Segment scans and folders of scans, each on its own grid. Run it again to go on where it was stopped.
 
