@@ -701,7 +701,12 @@ def test_interrupted_by_the_user(medmeta_command, monkeypatch, model):
 def test_control_c_in_a_shell_leaves_nothing_half_written(tmp_path):
     words = ("phantoms", str(tmp_path / "organs"), "--tasks", "50", "--cases", "50")
     process = subprocess.Popen(
-        [sys.executable, "-m", "medmeta", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "medmeta", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background of a script ignores the signal, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and not list(tmp_path.rglob("*.nii.gz")):
         time.sleep(0.05)
