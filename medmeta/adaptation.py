@@ -293,10 +293,11 @@ def adapt_support(
     """A segmenter from prepared scans by one method, "auto" not among them. Arguments as of `adapt_to`.
 
     From `OVERVIEW_FROM` steps on, an overview is learned with half of them and of the minutes, of half as many patches.
-    `start` is a segmenter of the same classes on the same grids to go on from: then there is one if that has one.
+    `start` is a segmenter of the same classes on the same grids to go on from: then there is one if that has one. For
+    self-training it is what was fine-tuned on the labelled scans with the same budget and seed, atlases included.
     """
     if method == "self_training":
-        return _self_train(model, task, support, budget, seed, atlases, device, precision, progress)
+        return _self_train(model, task, support, budget, seed, start, atlases, device, precision, progress)
 
     def learn(view: StoredTask, part: Budget, done: int, before: Segmenter | None) -> Segmenter:
         told = _told_from(progress, done, budget.steps)
@@ -426,6 +427,7 @@ def _self_train(
     support: StoredTask,
     budget: Budget,
     seed: int,
+    start: Segmenter | None,
     atlases: int,
     device: torch.device | str,
     precision: torch.dtype,
@@ -457,7 +459,7 @@ def _self_train(
             model, task, scans, "finetune", part, seed + number, start=before, atlases=kept, progress=told, **where
         )
 
-    segmenter = learn(0, support, None)
+    segmenter = start or learn(0, support, None)
     for number in range(1, len(parts)):
         scans = with_pseudo_labels(segmenter, task, support, carried, **where)
         made = learn(number, scans, segmenter)

@@ -24,9 +24,10 @@ from medmeta.files import read_json, replacing, write_json
 from medmeta.losses import dice_cross_entropy
 from medmeta.measure import median_seconds, peak_memory
 from medmeta.recipe import Prepared, Progress, Recipe, phase_episodes, prepare_tasks, train_recipe, untrained
+from medmeta.registration import make_atlases
 from medmeta.report import arm_panels, describe_adaptation, learning_curves
 from medmeta.review import write_comparison
-from medmeta.segmenter import Model
+from medmeta.segmenter import Model, Segmenter, load
 from medmeta.support import prepare_support, with_unlabelled
 from medmeta.train import Row, autocast
 
@@ -89,6 +90,7 @@ def compare(
     trial: Trial,
     folder: Path,
     *,
+    adapted: Path | None = None,
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
     progress: Callable[[str, int, int], None] | None = None,
@@ -100,6 +102,8 @@ def compare(
         task: the held-out task.
         trial: shots, ways to adapt, draws.
         folder: gets one JSON file for each result; those of the same model and trial are not made again.
+        adapted: folder that keeps what was adapted, some 20 MB each, so that another trial can score it otherwise, with
+            atlases or without, or go on from it with unlabelled scans. None keeps nothing.
         device: where to adapt and predict.
         precision: bfloat16 runs the networks under autocast.
         progress: called with (what, done, total).
@@ -111,7 +115,8 @@ def compare(
         InputError: fewer patients than test set and largest support need.
     """
     test, supports = draw_supports(task, trial)
-    keys = {name: _key(model, task, trial) for name, model in arms.items()}
+    setting = {key: value for key, value in asdict(trial).items() if key not in ("shots", "methods", "steps", "draws")}
+    keys = {name: _key(model, task, setting) for name, model in arms.items()}
     runs = [
         (name, shots, draw, method, steps)
         for shots in trial.shots
@@ -134,13 +139,15 @@ def compare(
                 hidden = replace(others, cases=tuple(replace(case, labels=None) for case in others.cases))
                 support, _ = with_unlabelled(support, hidden, draw)
                 support_task = replace(support_task, cases=(*support_task.cases, *hidden.cases))
-            started = time.perf_counter()
             budget = Budget(steps=steps, rate=trial.rate, patches=trial.patches)
             where = Where(device=device, precision=precision)
-            segmenter = adapt_support(
-                model, support_task, support, method, budget, draw, atlases=trial.atlases, **where
-            )
-            seconds = time.perf_counter() - started
+            first = "finetune" if method == "self_training" else method
+            segmenter = _adapted(adapted, name, model, support_task.labelled, support, first, budget, draw, where)
+            started = time.perf_counter()
+            segmenter = replace(segmenter, atlases=make_atlases(support, trial.atlases))
+            if method == "self_training":
+                segmenter = adapt_support(model, support_task, support, method, budget, draw, start=segmenter, **where)
+            seconds = segmenter.card["seconds"] + time.perf_counter() - started
             segmenter = replace(segmenter, best_dice=trial.best_dice)
             scores = [score_case(segmenter, task, case, trial.tolerance_mm, **where) for case in test.cases]
             result = {"arm": name, "shots": shots, "draw": draw, "method": method, "steps": steps}
@@ -153,13 +160,36 @@ def compare(
     return results
 
 
-def _key(model: Model, task: Task, trial: Trial) -> str:
+def _adapted(
+    folder: Path | None,
+    arm: str,
+    model: Model,
+    task: Task,
+    support: StoredTask,
+    method: str,
+    budget: Budget,
+    seed: int,
+    where: Where,
+) -> Segmenter:
+    """The arm adapted to the labelled scans alone, without atlases; the card says in how many seconds."""
+    key = _key(model, task, {**asdict(budget), "seed": seed, "precision": str(where["precision"])})
+    place = folder and folder / f"{arm}-{key}-{describe_adaptation(method, budget.steps, '-')}"
+    if place and place.is_dir() and isinstance(kept := load(place), Segmenter):
+        return kept
+    started = time.perf_counter()
+    segmenter = adapt_support(model, task, support, method, budget, seed, atlases=0, **where)
+    segmenter = replace(segmenter, card=segmenter.card | {"seconds": time.perf_counter() - started})
+    if place:
+        segmenter.save(place)
+    return segmenter
+
+
+def _key(model: Model, task: Task, setting: Mapping[str, Any]) -> str:
     """A digest of what decides a result, beside what its file name says."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.learner.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    setting = {key: value for key, value in asdict(trial).items() if key not in ("shots", "methods", "steps", "draws")}
-    facts = [setting, model.learner.name, model.learner.options, model.voxels, [case.id for case in task.cases]]
+    facts = [dict(setting), model.learner.name, model.learner.options, model.voxels, [case.id for case in task.cases]]
     digest.update(json.dumps([facts, task.atoms, task.ignored], sort_keys=True).encode())
     return digest.hexdigest()[:8]
 
@@ -320,6 +350,7 @@ def run_arms(
     trial: Trial,
     out: Path,
     *,
+    adapted: Path | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     trials: Progress | None = None,
@@ -333,6 +364,7 @@ def run_arms(
         trial: what every arm is put through.
         out: what stands there from an earlier run is not done again. `phases/*/episodes.json` lists the scans, classes
             and flips of every episode of a phase; arms whose last phase draws alike meet the same ones.
+        adapted: as of `compare`.
         device: where to train and adapt.
         progress: told how the preparation of scans goes.
         trials: told how the comparison goes.
@@ -359,7 +391,8 @@ def run_arms(
         costs[name] = _cost(name, recipe, arms[name], scans, out, device)
     bfloat16 = any(recipe.precision == "bfloat16" for recipe in plans.values())
     precision = torch.bfloat16 if bfloat16 else torch.float32
-    results = compare(arms, task, trial, out / "trials", device=device, precision=precision, progress=trials)
+    where = Where(device=device, precision=precision)
+    results = compare(arms, task, trial, out / "trials", adapted=adapted, progress=trials, **where)
     rows = summarise(results, list(task.targets), trial.seed)
     write_json(out / "result.json", {"task": task.name, "rows": rows, "costs": costs, "trial": asdict(trial)})
     with replacing(out / "table.md") as beside:

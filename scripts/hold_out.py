@@ -5,8 +5,9 @@
 Trains one body for each config `configs/hold_out_*.yaml` (half an hour each on a CPU core), adapts it and a network
 that was never trained to the same support scans for the same number of steps, and prints one table. Two more columns
 are the same body with labels carried by registration, as `medmeta adapt` does by default, and, for the smallest
-support, with unlabelled scans to learn from too, which are none of those that are tested on. What stands in the folders
-below `--out` from an earlier run is not done again.
+support, with unlabelled scans to learn from too, which are none of those that are tested on. What stands in the
+folders below `--out` from an earlier run is not done again; `hold_out_*/adapted` holds the adapted networks, 1 GB in
+all, for that.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from medmeta.adaptation import Where
 from medmeta.arguments import read_precision
 from medmeta.benchmark import compare, run_arms, summarise
 from medmeta.config import BenchmarkConfig, load_config
@@ -39,16 +41,16 @@ def main(given: Sequence[str] | None = None) -> None:
     for name in arguments.sets:
         config = load_config(BenchmarkConfig, CONFIGS / f"hold_out_{name}.yaml", arguments.set)
         task, folder = config.held_out_task(), arguments.out / f"hold_out_{name}"
-        rows = run_arms(config.plans(), task, config.trial, folder, device=arguments.device)
+        kept = folder / "adapted"
+        rows = run_arms(config.plans(), task, config.trial, folder, adapted=kept, device=arguments.device)
         # The same networks once more, with labels carried from the labelled scans.
         carried = replace(config.trial, atlases=ATLASES)
         fewest = min(config.trial.shots)
         taught = replace(carried, methods=("self_training",), shots=(fewest,))
         model, precision = load(folder / "models" / "transfer"), read_precision(config.precision)
         for arm, trial in ((REGISTERED, carried), (UNLABELLED, taught)):
-            results = compare(
-                {"transfer": model}, task, trial, folder / "trials", device=arguments.device, precision=precision
-            )
+            where = Where(device=arguments.device, precision=precision)
+            results = compare({"transfer": model}, task, trial, folder / "trials", adapted=kept, **where)
             rows += [row | {"arm": arm} for row in summarise(results, list(task.targets), trial.seed)]
         columns = [(shots, arm) for shots in config.trial.shots for arm in (*config.arms, REGISTERED)]
         columns.insert(columns.index((fewest, REGISTERED)) + 1, (fewest, UNLABELLED))

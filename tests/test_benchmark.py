@@ -115,6 +115,22 @@ def test_the_trial_says_which_labels_are_scored(task, arms, tmp_path, monkeypatc
     assert [(segmenter.best_dice, len(segmenter.atlases)) for segmenter in scored] == [(best_dice, atlases)]
 
 
+def test_what_was_adapted_is_kept_for_other_trials_and_changes_no_result(task, arms, tmp_path):
+    trial = replace(TRIAL, shots=(1,), steps=(3,), draws=1)
+    tuned, taught = (replace(trial, methods=(method,)) for method in ("finetune", "self_training"))
+    alone = [compare({"a": arms["a"]}, task, each, tmp_path / "alone")[0] for each in (tuned, taught)]
+    kept = [
+        compare({"a": arms["a"]}, task, each, tmp_path / "kept", adapted=tmp_path / "a")[0] for each in (tuned, taught)
+    ]
+    (folder,) = (tmp_path / "a").iterdir()
+    made = folder.stat().st_mtime_ns
+    compare({"a": arms["a"]}, task, replace(tuned, atlases=1), tmp_path / "kept", adapted=tmp_path / "a")
+    assert [each.stat().st_mtime_ns for each in (tmp_path / "a").iterdir()] == [made]
+    for one, other in zip(alone, kept, strict=True):
+        assert one.pop("adapt_seconds") > 0 and other.pop("adapt_seconds") > 0
+        assert json.dumps(one) == json.dumps(other)
+
+
 def test_an_unknown_way_to_adapt_is_refused():
     with pytest.raises(ValueError, match=r"methods \['magic'\]; required: among"):
         Trial(methods=("inner", "magic"))
