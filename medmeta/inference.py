@@ -231,6 +231,8 @@ def sliding_bands(
             for (_, *place), probabilities in zip(some, made, strict=True):
                 total[(slice(None), slice(context, None), *place)] += probabilities * weight
                 count[(slice(context, None), *place)] += weight
+            # Of many classes they are large, and would stay until the next ones are made.
+            del made, probabilities
         done = following - first
         total[:, context : context + done] /= count[context : context + done]
         before = min(context, first)
@@ -447,13 +449,14 @@ def restore_labels(
     if levels:
         chosen = torch.tensor([0, *levels()]).unsqueeze(1)
         table = torch.where(torch.arange(LEVELS) <= chosen, table.unsqueeze(1), values[0]).flatten()
-    for part in labels.split(slab):
-        part.copy_(table[part])
+    if not torch.equal(table, torch.arange(len(table))):
+        for part in labels.split(slab):
+            part.copy_(table[part])
     return labels.unsqueeze(0)
 
 
 def _most_probable(scores: Tensor) -> Tensor:
-    return scores.argmax(dim=0).to(torch.int16)
+    return scores.max(dim=0).indices.to(torch.int16)  # several times as fast as argmax, the same at ties
 
 
 def _agreed(classes: Tensor, between: Sequence[bool]) -> Tensor:

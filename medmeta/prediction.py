@@ -424,7 +424,7 @@ def _one_line(error: Exception) -> str:
 def structure_volumes(labels: Volume, targets: Mapping[str, Sequence[int]]) -> dict[str, float]:
     """Volume of each structure of a label map, ml."""
     voxel_ml = abs(float(torch.linalg.det(labels.affine[:3, :3]))) / 1000.0
-    voxels = {value: int((labels.data == value).sum()) for values in targets.values() for value in values}
+    voxels = {value: int((labels.data == value).count_nonzero()) for values in targets.values() for value in values}
     return {name: round(sum(voxels[value] for value in set(values)) * voxel_ml, 3) for name, values in targets.items()}
 
 

@@ -45,7 +45,7 @@ def run(way: str, options: argparse.Namespace, answer: Connection) -> None:
     centres = torch.linspace(-2, 2, 1 + options.classes).reshape(1, -1, 1, 1, 1)
 
     def windows(image: Tensor) -> Tensor:
-        return ((image - centres) * 20).square_().neg_().softmax(dim=1)
+        return (image - centres).mul_(20).square_().neg_().softmax(dim=1)
 
     volume = scan(options.shape, options.spacing)
     model = Model(build_learner("scratch", build_network("se_unet_3d", channels=[8], seed=0)), options.patch**3)

@@ -1,12 +1,14 @@
 """Scans per hour of `medmeta predict` beside the plain MONAI pipeline, with the same weights, windows and overlap.
 
     python scripts/benchmark_prediction.py MODEL FOLDER --scans 4
+    python scripts/benchmark_prediction.py MODEL FOLDER --scans 4 --resample 1 1 2
 
 The plain pipeline is LoadImage, Orientation, Spacing, intensities, sliding_window_inference of probabilities, Invert,
 argmax and SaveImage, as MONAI's tutorials write it. Ways take turns, so that other work on the machine slows all of
 them; the median round counts. Dice is between the label maps of the plain pipeline and of each way on the working grid
 alone; with an overview, between those with and without focus. `medmeta predict` chooses among the first ways what the
-machine has.
+machine has. Public sets are often coarser than what scanners give: `--resample` brings scans to a voxel size in mm
+first.
 """
 
 from __future__ import annotations
@@ -69,6 +71,21 @@ def plain(segmenter: Segmenter, scans: list[Path], out: Path, windows: int) -> N
             after(item)
 
 
+def resampled(scans: list[Path], spacing: list[float], out: Path) -> list[Path]:
+    """The same scans with voxels of another size, in a folder of their own."""
+    from monai import transforms as mt
+
+    steps = [
+        mt.LoadImage(ensure_channel_first=True),
+        mt.Spacing(spacing, mode="bilinear", dtype=torch.float32),
+        mt.SaveImage(out, output_postfix="", output_dtype="int16", separate_folder=False, print_log=False),
+    ]
+    made = mt.Compose(steps)
+    for scan in scans:
+        print(f"{scan.name}: {' x '.join(map(str, made(scan).shape[1:]))} voxels")
+    return [out / scan.name for scan in scans]
+
+
 def dice(a: torch.Tensor, b: torch.Tensor, label: int) -> float:
     both, either = int(((a == label) & (b == label)).sum()), int((a == label).sum() + (b == label).sum())
     return 2 * both / either if either else 1.0
@@ -82,13 +99,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--windows", type=int, default=4, help="sw_batch_size of the plain pipeline")
+    parser.add_argument("--resample", type=float, nargs=3, metavar="MM")
+    parser.add_argument("--one-grid", action="store_true", help="leave out the ways that use the overview")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(options, Path(folder))
+
+
+def measure(options: argparse.Namespace, folder: Path) -> None:
+    scans = [path for path in sorted(options.folder.iterdir()) if is_volume(path)][: options.scans]
+    if options.resample:
+        scans = resampled(scans, options.resample, folder / "scans")
     # Both ways do the same: one network on one grid, the most probable class, all its pieces.
     carrying = load(options.model)
     whole = replace(carrying, atlases=())
     segmenter = replace(whole, single=(), overview=None, best_dice=False)
-    scans = [path for path in sorted(options.folder.iterdir()) if is_volume(path)][: options.scans]
     ways: dict[str, Callable[[Path], object]] = {
         "plain MONAI": lambda out: plain(segmenter, scans, out, options.windows),
         "float32": lambda out: predict(segmenter, scans, out),
@@ -99,34 +125,33 @@ def main() -> None:
         ways["openvino bfloat16"] = lambda out: predict(
             segmenter, scans, out, backend="openvino", precision=torch.bfloat16
         )
-    if whole.overview:
+    if whole.overview and not options.one_grid:
         ways["overview"] = lambda out: predict(whole, scans, out)
         ways["overview, focus"] = lambda out: predict(whole, scans, out, focus=True)
         if carrying.atlases:
             ways["overview, carried"] = lambda out: predict(carrying, scans, out)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(options.rounds):
-            for name, run in ways.items():
-                shutil.rmtree(Path(folder, name), ignore_errors=True)
-                Path(folder, name).mkdir()
-                started = time.perf_counter()
-                run(Path(folder, name))
-                seconds[name].append(time.perf_counter() - started)
-        print(f"{len(scans)} scans, {options.threads} threads, median of {options.rounds} rounds")
-        print(f"{'way':<20}{'s/scan':>8}{'times':>7}{'Dice, least':>13}{'mean':>9}{'labels alike':>14}")
-        for name in ways:
-            scores, alike = [], []
-            beside = "overview" if name.startswith("overview") else "plain MONAI"
-            for scan in scans:
-                a, b = (read_labels(Path(folder, way, scan.name)).data for way in (beside, name))
-                scores += [dice(a, b, label) for label in segmenter.labels]
-                alike.append(float((a == b).float().mean()))
-            median = statistics.median(seconds[name])
-            print(
-                f"{name:<20}{median / len(scans):>8.2f}{statistics.median(seconds['plain MONAI']) / median:>7.2f}"
-                f"{min(scores):>13.5f}{statistics.mean(scores):>9.5f}{statistics.mean(alike):>14.6f}"
-            )
+    for _ in range(options.rounds):
+        for name, run in ways.items():
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / name).mkdir()
+            started = time.perf_counter()
+            run(folder / name)
+            seconds[name].append(time.perf_counter() - started)
+    print(f"{len(scans)} scans, {options.threads} threads, median of {options.rounds} rounds")
+    print(f"{'way':<20}{'s/scan':>8}{'times':>7}{'Dice, least':>13}{'mean':>9}{'labels alike':>14}")
+    for name in ways:
+        scores, alike = [], []
+        beside = "overview" if name.startswith("overview") else "plain MONAI"
+        for scan in scans:
+            a, b = (read_labels(folder / way / scan.name).data for way in (beside, name))
+            scores += [dice(a, b, label) for label in segmenter.labels]
+            alike.append(float((a == b).float().mean()))
+        median = statistics.median(seconds[name])
+        print(
+            f"{name:<20}{median / len(scans):>8.2f}{statistics.median(seconds['plain MONAI']) / median:>7.2f}"
+            f"{min(scores):>13.5f}{statistics.mean(scores):>9.5f}{statistics.mean(alike):>14.6f}"
+        )
 
 
 if __name__ == "__main__":
