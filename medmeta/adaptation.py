@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import torch
 
-from medmeta.data.sampler import Augment, draw_patch
+from medmeta.data.sampler import Augment, copy_paste, draw_patch
 from medmeta.data.store import StoredTask, read_scan
 from medmeta.data.tasks import Task
 from medmeta.episode import Examples, State
@@ -82,6 +82,9 @@ OVERVIEW_SHARE, FEW_SHARE = 1 / 3, 1 / 2
 
 OVERVIEW_FROM = 200
 """Steps from which on an overview is learned too; fewer are all for the finer grid."""
+
+MIXED = 0.5
+"""Share of the steps on unlabelled scans whose patches have a box of another scan's in them (`copy_paste`)."""
 
 MORE, ROUNDS, FEW_ROUNDS = 1 / 6, 3, 6
 """Self-training adds rounds of this share of the steps, in each of which the unlabelled scans are labelled and learned
@@ -397,6 +400,12 @@ def adapt_prepared(
         # Over one step and the next, every scan comes up as often as any other.
         chosen = [support.cases[(step * budget.patches + n) % len(support.cases)] for n in range(budget.patches)]
         patches = [augment(*draw_patch(case, support.patch, rng), rng) for case in chosen]
+        if begin is not None and rng.random() < MIXED:
+            others = [*patches[1:], patches[0]]
+            if len(patches) == 1:
+                case = support.cases[int(rng.integers(len(support.cases)))]
+                others = [augment(*draw_patch(case, support.patch, rng), rng)]
+            patches = copy_paste(patches, others, rng)
         examples = _for_network(learner, Examples.of(patches, support.classes)).to(device)
         optimiser.zero_grad()
         with autocast(device, precision):

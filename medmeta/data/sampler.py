@@ -18,6 +18,9 @@ FOREGROUND = 0.75
 FURTHEST, NODES = 0.1, 4
 """Of an elastic deformation, see `Augment`."""
 
+PASTED = 2 / 3
+"""Share of every side of a patch that `copy_paste` replaces."""
+
 
 def draw_patch(
     case: StoredCase, patch: Sequence[int], rng: np.random.Generator, *, labels: Sequence[int] | None = None
@@ -67,6 +70,32 @@ def draw_contrast(image: Tensor, rng: np.random.Generator) -> Tensor:
         values = np.interp(channel.numpy(), np.linspace(low, high, nodes), rng.uniform(low, high, nodes))
         made.append(torch.from_numpy(values.astype(np.float32)))
     return torch.stack(made)
+
+
+def copy_paste(
+    patches: Sequence[tuple[Tensor, Tensor]], others: Sequence[tuple[Tensor, Tensor]], rng: np.random.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """Patches with a box of another patch in them, image and mask alike.
+
+    The box has `PASTED` of every side and the same place in all patches (Bai 2023, "Bidirectional copy-paste for
+    semi-supervised medical image segmentation", section 3.2; Yun 2019, "CutMix").
+
+    Args:
+        patches: images (C, *S) and masks (*S), left as they are.
+        others: as many of the same shapes.
+        rng: the only source of randomness.
+    """
+    box = []
+    for side in patches[0][1].shape:
+        length = max(1, round(PASTED * side))
+        first = int(rng.integers(side - length + 1))
+        box.append(slice(first, first + length))
+    made = []
+    for (image, mask), (their_image, their_mask) in zip(patches, others, strict=True):
+        image, mask = image.clone(), mask.clone()
+        image[(..., *box)], mask[(..., *box)] = their_image[(..., *box)], their_mask[(..., *box)]
+        made.append((image, mask))
+    return made
 
 
 class Augment:

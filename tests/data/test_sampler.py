@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medmeta.data.preprocess import Preprocess
-from medmeta.data.sampler import FOREGROUND, FURTHEST, Augment, EpisodeSampler, draw_contrast, draw_patch
+from medmeta.data.sampler import FOREGROUND, FURTHEST, Augment, EpisodeSampler, copy_paste, draw_contrast, draw_patch
 from medmeta.data.store import StoredCase, StoredTask, find_places, fit_preprocess, prepare
 from medmeta.data.tasks import load_task
 from medmeta.episode import IGNORED, Episode
@@ -382,3 +382,24 @@ def test_contrast_is_changed_as_often_as_asked_and_never_in_ct():
         changed[modality, share] = sum(not torch.equal(a[0], b[0]) for a, b in pairs)
     assert changed["MR", 0.0] == changed["CT", 1.0] == 0
     assert 12 <= changed["MR", 0.4] <= 36
+
+
+def test_a_box_of_another_patch_comes_with_its_labels_and_leaves_the_originals():
+    patches = [(torch.full((2, 12, 9, 6), float(n)), torch.full((12, 9, 6), n)) for n in (0, 1)]
+    made = copy_paste(patches, patches[::-1], np.random.default_rng(0))
+    for number, (image, mask) in enumerate(made):
+        assert torch.equal(image, mask.float().expand(2, -1, -1, -1))
+        pasted = (mask != number).nonzero()
+        # One box of two thirds of every side, and nothing else.
+        assert (pasted.amax(dim=0) - pasted.amin(dim=0) + 1).tolist() == [8, 6, 4]
+        assert len(pasted) == 8 * 6 * 4
+    assert torch.equal(made[0][1] == 1, made[1][1] == 0)
+    assert all(bool((mask == number).all()) for number, (_, mask) in enumerate(patches))
+
+
+def test_boxes_lie_anywhere_and_fit_the_smallest_patch():
+    rng = np.random.default_rng(0)
+    patches = [(torch.full((1, 3, 3, 1), float(n)), torch.full((3, 3, 1), n)) for n in (0, 1)]
+    masks = torch.stack([copy_paste(patches, patches[::-1], rng)[0][1] for _ in range(50)])
+    assert bool(masks.any(dim=0).all())
+    assert masks.flatten(1).sum(dim=1).tolist() == [4] * 50
