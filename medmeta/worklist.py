@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ CHANNEL = re.compile(r"(.+)_(\d{4})")
 MANIFEST = "run.json"
 JOURNAL = "run.jsonl"
 LOCK = ".lock"
+LIBRARIES = ("medmeta", "torch", "monai", "numpy", "nibabel", "SimpleITK", "openvino", "highdicom", "ray")
 LISTS = (".txt", ".csv")
 
 
@@ -299,9 +300,11 @@ class Manifest:
                 raise InputError(
                     out, found, "one model and one set of settings", "Name another folder, or --overwrite."
                 )
-        versions = {name: version(name) for name in ("medmeta", "torch", "monai", "numpy", "nibabel", "SimpleITK")}
-        self.facts = {"model": model, "settings": dict(settings)}
-        self.facts["versions"] = {**versions, "python": platform.python_version()}
+        versions = {"python": platform.python_version()}
+        for name in LIBRARIES:
+            with suppress(PackageNotFoundError):
+                versions[name] = version(name)
+        self.facts = {"model": model, "settings": dict(settings), "versions": versions}
         self.scans: dict[str, dict[str, Any]] = dict(before["scans"]) if before else {}
         if before and self.journal.exists():
             for line in self.journal.read_text(encoding="utf-8").splitlines():
