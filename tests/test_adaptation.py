@@ -151,6 +151,31 @@ def test_every_scan_comes_up_as_often_as_any_other(support, tmp_path, monkeypatc
     assert [drawn.count(case.id) for case in task.cases] == [3, 3, 3], "two of the working grid, one of the overview"
 
 
+def test_patches_are_mixed_where_one_patient_is_labelled_and_where_labels_are_guessed(task, scans, monkeypatch):
+    import medmeta.adaptation as module
+
+    mixed = []
+    mix = module.copy_paste
+
+    def noted(patches, others, rng):
+        mixed.append([bool((a[0] != b[0]).any()) for a, b in zip(patches, others, strict=True)])
+        return mix(patches, others, rng)
+
+    monkeypatch.setattr(module, "copy_paste", noted)
+    monkeypatch.setattr(module, "MIXED", 1.0)
+    single = task.of_patients(list(task.patients)[:1])
+    expected = (
+        (task, "finetune", []),
+        (single, "finetune", [2, 2, 1, 1]),
+        (scans, "self_training", [2, 1] * FEW_ROUNDS),
+    )
+    for given, method, patches in expected:
+        mixed.clear()
+        adapt_to(tiny_model(), given, method=method, budget=Budget(steps=12 if given is scans else 4), atlases=0)
+        assert [len(each) for each in mixed] == patches
+        assert all(map(all, mixed)), "no patch is mixed with itself"
+
+
 def test_several_classes_and_what_the_segmenter_says_of_itself(task):
     segmenter = adapt_to(tiny_model(), task, budget=Budget(steps=2), seed=4)
     assert segmenter.targets == TWO
