@@ -84,8 +84,7 @@ OVERVIEW_FROM = 200
 """Steps from which on an overview is learned too; fewer are all for the finer grid."""
 
 MIXED = 0.5
-"""Share of the steps whose patches have a box of another patch in them (`copy_paste`), with a single labelled patient
-and wherever unlabelled scans are learned from."""
+"""Share of the steps on unlabelled scans whose patches have a box of another patch in them (`copy_paste`)."""
 
 MORE, ROUNDS, FEW_ROUNDS = 1 / 6, 3, 6
 """Self-training adds rounds of this share of the steps, in each of which the unlabelled scans are labelled and learned
@@ -385,7 +384,6 @@ def adapt_prepared(
     head_rate, balance = HEAD_RATE, BALANCE
     if begin is not None:
         peak, head_rate, balance = AGAIN * peak, AGAIN, 0.0
-    mixed = begin is not None or patients == 1
     heads = [tensor for name, tensor in moved.items() if name in net.head_names]
     others = [tensor for name, tensor in moved.items() if name not in net.head_names]
     optimiser = torch.optim.Adam([{"params": heads, "peak": budget.rate * head_rate}, {"params": others, "peak": peak}])
@@ -402,7 +400,7 @@ def adapt_prepared(
         # Over one step and the next, every scan comes up as often as any other.
         chosen = [support.cases[(step * budget.patches + n) % len(support.cases)] for n in range(budget.patches)]
         patches = [augment(*draw_patch(case, support.patch, rng), rng) for case in chosen]
-        if mixed and rng.random() < MIXED:
+        if begin is not None and rng.random() < MIXED:
             others = [*patches[1:], patches[0]]
             if len(patches) == 1:
                 case = support.cases[int(rng.integers(len(support.cases)))]
