@@ -84,7 +84,8 @@ OVERVIEW_FROM = 200
 """Steps from which on an overview is learned too; fewer are all for the finer grid."""
 
 MIXED = 0.5
-"""Share of the steps on unlabelled scans whose patches have a box of another patch in them (`copy_paste`)."""
+"""Share of the steps on unlabelled scans whose patches have a box of another patch in them (`copy_paste`), where slices
+are thick."""
 
 MORE, ROUNDS, FEW_ROUNDS = 1 / 6, 3, 6
 """Self-training adds rounds of this share of the steps, in each of which the unlabelled scans are labelled and learned
@@ -305,7 +306,8 @@ def adapt_support(
     def learn(view: StoredTask, part: Budget, done: int, before: Segmenter | None) -> Segmenter:
         told = _told_from(progress, done, budget.steps)
         begin = before.state if before else None
-        state = adapt_prepared(model.learner, view, method, part, seed, device, precision, told, begin)
+        mixed = MIXED if before and support.preprocess.thick else 0.0
+        state = adapt_prepared(model.learner, view, method, part, seed, device, precision, told, begin, mixed)
         return make_segmenter(model, task, view, state, {})
 
     made = make_atlases(support, atlases)
@@ -348,8 +350,12 @@ def adapt_prepared(
     precision: torch.dtype = torch.float32,
     progress: Callable[[int, int, float], None] | None = None,
     begin: State | None = None,
+    mixed: float = 0.0,
 ) -> State:
-    """What `learner` learns from prepared scans on one grid, from `begin` on. Arguments as of `adapt_support`."""
+    """What `learner` learns from prepared scans on one grid, from `begin` on. Arguments as of `adapt_support`.
+
+    `mixed` is the share of the steps whose patches have a box of another patch in them.
+    """
     learner = learner.to(device).eval()
     if method == "inner":
         examples = _for_network(learner, support_patches(support, seed)).to(device)
@@ -400,7 +406,7 @@ def adapt_prepared(
         # Over one step and the next, every scan comes up as often as any other.
         chosen = [support.cases[(step * budget.patches + n) % len(support.cases)] for n in range(budget.patches)]
         patches = [augment(*draw_patch(case, support.patch, rng), rng) for case in chosen]
-        if begin is not None and rng.random() < MIXED:
+        if rng.random() < mixed:
             others = [*patches[1:], patches[0]]
             if len(patches) == 1:
                 case = support.cases[int(rng.integers(len(support.cases)))]

@@ -151,7 +151,8 @@ def test_every_scan_comes_up_as_often_as_any_other(support, tmp_path, monkeypatc
     assert [drawn.count(case.id) for case in task.cases] == [3, 3, 3], "two of the working grid, one of the overview"
 
 
-def test_patches_are_mixed_where_labels_are_guessed(scans, monkeypatch):
+@pytest.mark.parametrize("thick", [True, False])
+def test_patches_are_mixed_where_labels_are_guessed_and_slices_thick(scans, monkeypatch, thick):
     import medmeta.adaptation as module
 
     mixed = []
@@ -163,10 +164,11 @@ def test_patches_are_mixed_where_labels_are_guessed(scans, monkeypatch):
 
     monkeypatch.setattr(module, "copy_paste", noted)
     monkeypatch.setattr(module, "MIXED", 1.0)
+    monkeypatch.setattr("medmeta.data.preprocess.Preprocess.thick", thick)
     adapt_to(tiny_model(), scans, method="finetune", budget=Budget(steps=4), atlases=0)
     assert not mixed
     adapt_to(tiny_model(), scans, method="self_training", budget=Budget(steps=12), atlases=0)
-    assert [len(each) for each in mixed] == [2, 1] * FEW_ROUNDS, "one step on each grid in each round"
+    assert [len(each) for each in mixed] == [2, 1] * FEW_ROUNDS * thick, "one step on each grid in each round"
     assert all(map(all, mixed)), "no patch is mixed with itself"
 
 
@@ -469,7 +471,7 @@ def test_self_training_goes_on_from_what_it_learned_with_the_labels_that_gives(s
     fit, label = module.adapt_prepared, module.with_pseudo_labels
 
     def noted(learner, view, *rest):
-        calls.append((view, rest[-1], fit(learner, view, *rest)))
+        calls.append((view, rest[-2], fit(learner, view, *rest)))
         return calls[-1][2]
 
     def labelled(segmenter, *rest, **options):
@@ -496,7 +498,7 @@ def test_fewer_rounds_where_there_are_more_labelled_scans(scans, three, monkeypa
     import medmeta.adaptation as module
 
     steps = []
-    monkeypatch.setattr(module, "adapt_prepared", lambda *given: steps.append(given[3].steps) or given[-1] or start)
+    monkeypatch.setattr(module, "adapt_prepared", lambda *given: steps.append(given[3].steps) or given[-2] or start)
     monkeypatch.setattr(module, "with_pseudo_labels", lambda _segmenter, _task, support, *_, **__: support)
     start = dict(tiny_model().learner.start(1, 2))
     for labelled, rounds in ((scans, FEW_ROUNDS), (three, ROUNDS)):

@@ -21,6 +21,9 @@ COARSEST = 3.5
 """Working voxels are at most this wide, mm, where the scans are finer: the border of a large organ needs that much, and
 two kidneys under one label are no organ as large as the way from one to the other."""
 
+UNEQUAL = 1.5
+"""Sides of a voxel count as equal up to this ratio."""
+
 ANISOTROPY = 2.5
 """Thick slices keep their spacing up to this multiple of the finest working spacing."""
 
@@ -49,6 +52,12 @@ class Preprocess:
     spacing: tuple[float, float, float]
     window: tuple[float, float] | None = None
     percentiles: tuple[float, float] = (0.5, 99.5)
+
+    @property
+    def thick(self) -> bool:
+        """Whether slices are thick: one side of a voxel is longer than both others, beyond `UNEQUAL`."""
+        _, middle, longest = sorted(self.spacing)
+        return longest > UNEQUAL * middle
 
     @classmethod
     def fit(cls, scans: Sequence[tuple[Volume, Tensor]], modality: str) -> Preprocess:

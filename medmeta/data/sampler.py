@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medmeta.data.preprocess import UNEQUAL
 from medmeta.data.store import StoredCase, StoredTask
 from medmeta.episode import IGNORED, Episode, Examples
 
@@ -136,10 +137,9 @@ class Augment:
             RandSmoothDeformd,
         )
 
-        # Thick slices turn only within their plane: elsewhere a rotation in voxels would shear the organ.
-        thick = max(spacing) > 1.5 * min(spacing)
-        angle = float(np.deg2rad(15 * strength))
-        angles = [angle if not thick or axis == int(np.argmax(spacing)) else 0.0 for axis in range(3)]
+        # Only within planes of about square pixels: elsewhere a rotation in voxels would shear the organ.
+        square = [max(plane) <= UNEQUAL * min(plane) for plane in (spacing[1:], spacing[::2], spacing[:2])]
+        angles = [float(np.deg2rad(15 * strength)) if turns else 0.0 for turns in square]
         gain = 0.25 * (strength if modality != "CT" else 1.0)
         keys = ["image", "mask"]
         steps = [
@@ -148,7 +148,7 @@ class Augment:
                 prob=0.8,
                 rotate_range=angles,
                 scale_range=[0.15 * strength] * 3,
-                shear_range=[0.05] * 6 if not thick else None,
+                shear_range=[0.05] * 6 if all(square) else None,
                 mode=("bilinear", "nearest"),
                 padding_mode=("border", "zeros"),
                 cache_grid=False,

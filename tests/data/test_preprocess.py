@@ -306,3 +306,11 @@ def test_what_comes_out_is_a_plain_tensor():
     for tensor in (made.data, made.affine, pre.forward_mask(mask, scan.affine, 1), pre.inverse(made, scan).data):
         assert type(tensor) is torch.Tensor
     assert made.data.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("spacing", "thick"),
+    [((1, 1, 1), False), ((1, 1, 1.4), False), ((1, 6, 1), True), ((4, 4, 2), False), ((1.2, 1, 2.5), True)],
+)
+def test_slices_are_thick_where_one_side_is_longer_than_both_others(spacing, thick):
+    assert Preprocess("MR", spacing).thick is thick

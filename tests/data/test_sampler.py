@@ -239,8 +239,9 @@ def test_augmentation_moves_image_and_mask_together(modality, spacing):
     assert max(moved) == 1.0, "some patches keep their pose"
 
 
-def test_thick_slices_turn_only_within_their_plane():
-    augment, rng = Augment((24, 24, 24), (1.0, 1.0, 4.0), "CT"), np.random.default_rng(0)
+@pytest.mark.parametrize("between", [4.0, 0.5])
+def test_slices_of_another_thickness_turn_only_within_their_plane(between):
+    augment, rng = Augment((24, 24, 24), (1.0, 1.0, between), "CT"), np.random.default_rng(0)
     slab = torch.zeros(24, 24, 24, dtype=torch.long)
     slab[:, :, :12] = 1
     for _ in range(20):
