@@ -407,11 +407,11 @@ def adapt_prepared(
         chosen = [support.cases[(step * budget.patches + n) % len(support.cases)] for n in range(budget.patches)]
         patches = [augment(*draw_patch(case, support.patch, rng), rng) for case in chosen]
         if rng.random() < mixed:
-            others = [*patches[1:], patches[0]]
+            pasted = [*patches[1:], patches[0]]
             if len(patches) == 1:
                 case = support.cases[int(rng.integers(len(support.cases)))]
-                others = [augment(*draw_patch(case, support.patch, rng), rng)]
-            patches = copy_paste(patches, others, rng)
+                pasted = [augment(*draw_patch(case, support.patch, rng), rng)]
+            patches = copy_paste(patches, pasted, rng)
         examples = _for_network(learner, Examples.of(patches, support.classes)).to(device)
         optimiser.zero_grad()
         with autocast(device, precision):

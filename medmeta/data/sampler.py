@@ -86,15 +86,16 @@ def copy_paste(
         others: as many of the same shapes.
         rng: the only source of randomness.
     """
-    box = []
+    box: list[slice] = []
     for side in patches[0][1].shape:
         length = max(1, round(PASTED * side))
         first = int(rng.integers(side - length + 1))
         box.append(slice(first, first + length))
     made = []
-    for (image, mask), (their_image, their_mask) in zip(patches, others, strict=True):
-        image, mask = image.clone(), mask.clone()
-        image[(..., *box)], mask[(..., *box)] = their_image[(..., *box)], their_mask[(..., *box)]
+    for own, other in zip(patches, others, strict=True):
+        image, mask = (part.clone() for part in own)
+        for part, theirs in zip((image, mask.unsqueeze(0)), (other[0], other[1].unsqueeze(0)), strict=True):
+            part[(slice(None), *box)] = theirs[(slice(None), *box)]
         made.append((image, mask))
     return made
 
