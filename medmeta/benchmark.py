@@ -184,12 +184,12 @@ def _adapted(
     return segmenter
 
 
-def _key(model: Model, task: Task, setting: Mapping[str, Any]) -> str:
+def _key(model: Model, task: Task, setting: dict[str, Any]) -> str:
     """A digest of what decides a result, beside what its file name says."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.learner.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    facts = [dict(setting), model.learner.name, model.learner.options, model.voxels, [case.id for case in task.cases]]
+    facts = [setting, model.learner.name, model.learner.options, model.voxels, [case.id for case in task.cases]]
     digest.update(json.dumps([facts, task.atoms, task.ignored], sort_keys=True).encode())
     return digest.hexdigest()[:8]
 

@@ -86,16 +86,15 @@ def copy_paste(
         others: as many of the same shapes.
         rng: the only source of randomness.
     """
-    box: list[slice] = []
-    for side in patches[0][1].shape:
-        length = max(1, round(PASTED * side))
-        first = int(rng.integers(side - length + 1))
-        box.append(slice(first, first + length))
+    sides = patches[0][1].shape
+    lengths = [max(1, round(PASTED * side)) for side in sides]
+    starts = [int(rng.integers(side - length + 1)) for side, length in zip(sides, lengths, strict=True)]
+    box = tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
     made = []
-    for own, other in zip(patches, others, strict=True):
-        image, mask = (part.clone() for part in own)
-        for part, theirs in zip((image, mask.unsqueeze(0)), (other[0], other[1].unsqueeze(0)), strict=True):
-            part[(slice(None), *box)] = theirs[(slice(None), *box)]
+    for (image, mask), (their_image, their_mask) in zip(patches, others, strict=True):
+        image, mask = image.clone(), mask.clone()
+        image[(slice(None), *box)] = their_image[(slice(None), *box)]
+        mask[box] = their_mask[box]
         made.append((image, mask))
     return made
 
