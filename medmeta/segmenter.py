@@ -9,7 +9,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ from medmeta.networks import build_network
 from medmeta.postprocess import Certainty, keep_largest
 from medmeta.registration import Atlas, carry_labels
 from medmeta.representation import segmentation_html, segmentation_line, segmenter_html, segmenter_line
+from medmeta.rotation import rotate, surest_poses
 
 FORMAT = 1
 WEIGHTS, STATE, DESCRIPTION = "weights.safetensors", "state.safetensors", "model.json"
@@ -145,6 +148,7 @@ class Segmenter:
         *,
         overlap: float = 0.25,
         focus: bool = False,
+        rotations: bool = True,
         device: torch.device | str = "cpu",
         precision: torch.dtype = torch.float32,
         predictor: Callable[[Segmenter], Predictor] | None = None,
@@ -158,6 +162,8 @@ class Segmenter:
             scan: (C, X, Y, Z) with the channels the segmenter was adapted to.
             overlap: share of a window that the next one covers again.
             focus: where there is an overview, segment finely only the windows in which it sees something.
+            rotations: segment a scan with thick slices, where the network is unsure of it, in other poses too
+                (`surest_poses`); this takes three to seven times as long.
             device: where the network runs.
             precision: bfloat16 runs it under autocast.
             predictor: gives for a segmenter what segments its windows, see `medmeta.inference`. None: its network, in
@@ -170,7 +176,9 @@ class Segmenter:
             ValueError: the scan has another number of channels.
         """
         seconds = {} if seconds is None else seconds
-        grid, bands = self._bands(scan, overlap, focus, device, precision, predictor, seconds, grids, carried)
+        grid, bands = self._bands(
+            scan, overlap, focus, rotations, device, precision, predictor, seconds, grids, carried
+        )
         return Volume(collect(bands, grid.shape), grid.affine)
 
     @torch.no_grad()
@@ -180,6 +188,7 @@ class Segmenter:
         *,
         overlap: float = 0.25,
         focus: bool = False,
+        rotations: bool = True,
         device: torch.device | str = "cpu",
         precision: torch.dtype = torch.float32,
         predictor: Callable[[Segmenter], Predictor] | None = None,
@@ -194,14 +203,16 @@ class Segmenter:
 
         Args:
             probabilities: those of this scan, where they were made before; the network then does not run.
-            overlap, focus, device, precision, predictor, seconds, grids, carried: as of `probabilities`.
+            overlap, focus, rotations, device, precision, predictor, seconds, grids, carried: as of `probabilities`.
 
         Raises:
             ValueError: the scan has another number of channels.
         """
         seconds = {} if seconds is None else seconds
         if probabilities is None:
-            grid, bands = self._bands(scan, overlap, focus, device, precision, predictor, seconds, grids, carried)
+            grid, bands = self._bands(
+                scan, overlap, focus, rotations, device, precision, predictor, seconds, grids, carried
+            )
         else:
             grid, bands = probabilities, iter([(0, probabilities.data)])
         before, started = seconds.get("network", 0.0), time.perf_counter()
@@ -212,11 +223,15 @@ class Segmenter:
         labels = restore_labels(certainty.watch(bands), grid.shape, indices, scan.shape, values, levels)
         labels = keep_largest(labels, self.single)
         seconds["restore"] = time.perf_counter() - started - (seconds.get("network", 0.0) - before)
-        classes = {
-            name: [number for number, value in enumerate(self.labels, start=1) if value in values]
+        return Segmentation(labels, scan.affine, self._expected_dice(certainty))
+
+    def _expected_dice(self, certainty: Certainty) -> dict[str, float]:
+        """Structure -> the Dice to expect of it."""
+        numbered = list(enumerate(self.labels, start=1))
+        return {
+            name: certainty.dice([number for number, value in numbered if value in values])
             for name, values in self.targets.items()
         }
-        return Segmentation(labels, scan.affine, {name: certainty.dice(own) for name, own in classes.items()})
 
     def prepare(self, scan: Volume) -> tuple[Volume, ...]:
         """A scan (C, X, Y, Z) on the working grid and, where there is an overview, on that of the overview."""
@@ -239,6 +254,7 @@ class Segmenter:
         scan: Volume,
         overlap: float,
         focus: bool,
+        rotations: bool,
         device: torch.device | str,
         precision: torch.dtype,
         predictor: Callable[[Segmenter], Predictor] | None,
@@ -255,39 +271,74 @@ class Segmenter:
             started = time.perf_counter()
             grids = self.prepare(scan)
             seconds["preprocess"] = time.perf_counter() - started
-        working, *coarser = grids
-        if predictor is None:
-            run = torch_predictor(self.model.learner, self.state, device=device, precision=precision)
-        else:
-            run = predictor(self)
-        run = timed(run, seconds)
+        working = grids[0]
         context = context_rows(index_map(working.affine, scan.affine), scan.shape)
-        image = working.data.to(device)
         if self.atlases and carried is None:
             started = time.perf_counter()
             carried = self.carry(scan, grids)
             seconds["registration"] = time.perf_counter() - started
         layers = [carried] if carried is not None and carried.share > 0.0 else []
-        if self.overview is None:
-            bands = sliding_bands(image, self.patch, run, overlap=overlap, context=context)
-        else:
-            coarse = self.overview.probabilities(
-                scan,
-                overlap=overlap,
-                device=device,
-                precision=precision,
-                predictor=predictor,
-                seconds=seconds,
-                grids=coarser,
-            )
-            indices = index_map(coarse.affine, working.affine)
-            overview = Layer(coarse.data.half(), indices, self.overview_share)
-            layers.insert(0, overview)
-            wanted = seen_by(overview.probabilities, indices) if focus else None
-            bands = sliding_bands(
-                image, self.patch, run, overlap=overlap, context=context, wanted=wanted, classes=len(self.labels)
-            )
+        runs = [self._window_predictor(device, precision, predictor, seconds)]
+        if self.overview is not None:
+            runs.append(self.overview._window_predictor(device, precision, predictor, seconds))
+        network = partial(self._network_bands, runs=runs, overlap=overlap, focus=focus, device=device)
+        if not (rotations and self.preprocess.thick):
+            return working, network(grids, layers=layers, context=context)
+
+        def segment(degrees: float) -> Tensor:
+            turned = [
+                replace(grid, data=rotate(grid.data, degrees, grid.spacing)) if degrees else grid for grid in grids
+            ]
+            return collect(network(turned), working.shape)
+
+        def certainty(probabilities: Tensor) -> float:
+            watching = Certainty(self.best_dice)
+            for _ in watching.watch([(0, probabilities)]):
+                pass
+            return mean(self._expected_dice(watching).values())
+
+        poses = surest_poses(segment, certainty, working.spacing)
+        bands: Iterator[Band] = iter([(0, poses)])
         return working, blend(bands, working.shape, layers, context) if layers else bands
+
+    def _window_predictor(
+        self,
+        device: torch.device | str,
+        precision: torch.dtype,
+        predictor: Callable[[Segmenter], Predictor] | None,
+        seconds: dict[str, float],
+    ) -> Predictor:
+        if predictor is not None:
+            return timed(predictor(self), seconds)
+        return timed(torch_predictor(self.model.learner, self.state, device=device, precision=precision), seconds)
+
+    def _network_bands(
+        self,
+        grids: Sequence[Volume],
+        *,
+        runs: Sequence[Predictor],
+        overlap: float,
+        focus: bool,
+        device: torch.device | str,
+        layers: Sequence[Layer] = (),
+        context: int = 0,
+    ) -> Iterator[Band]:
+        """What the network, its overview and `layers` make of a scan's grids as they lie."""
+        working, image = grids[0], grids[0].data.to(device)
+        sliding = partial(sliding_bands, image, self.patch, runs[0], overlap=overlap, context=context)
+        if self.overview is None:
+            bands = sliding()
+        else:
+            coarse = collect(
+                self.overview._network_bands(grids[1:], runs=runs[1:], overlap=overlap, focus=False, device=device),
+                grids[1].shape,
+            )
+            indices = index_map(grids[1].affine, working.affine)
+            overview = Layer(coarse.half(), indices, self.overview_share)
+            layers = [overview, *layers]
+            wanted = seen_by(overview.probabilities, indices) if focus else None
+            bands = sliding(wanted=wanted, classes=len(self.labels))
+        return blend(bands, working.shape, layers, context) if layers else bands
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the model folder. Raises InputError where something stands already; `overwrite` replaces a model."""
