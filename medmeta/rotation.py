@@ -20,6 +20,9 @@ SURE, SURER = 0.8, 0.03
 expect more of itself to count: standing organs expect about as much a little to either side."""
 
 
+MOST_BYTES = 2**29
+"""Probabilities of one pose at most: those of `POSES` poses and of the scan as it is are held at a time."""
+
 LITTLE = 1e-3
 """Weight of the scan as it is where it is none of them."""
 
@@ -46,6 +49,11 @@ def rotate(image: Tensor, degrees: float, spacing: Sequence[float], *, inside: b
     grid = F.affine_grid(matrix.to(image), [1, *image.shape], align_corners=False)
     padding = "zeros" if inside else "border"
     return F.grid_sample(image.unsqueeze(0), grid, padding_mode=padding, align_corners=False)[0]
+
+
+def can_turn(shape: Sequence[int], classes: int) -> bool:
+    """Whether the poses of a working grid (X, Y, Z) fit into memory, given K classes."""
+    return 4 * (1 + classes) * math.prod(shape) <= MOST_BYTES
 
 
 def surest_poses(

@@ -41,7 +41,7 @@ from medmeta.networks import build_network
 from medmeta.postprocess import Certainty, keep_largest
 from medmeta.registration import Atlas, carry_labels
 from medmeta.representation import segmentation_html, segmentation_line, segmenter_html, segmenter_line
-from medmeta.rotation import rotate, surest_poses
+from medmeta.rotation import can_turn, rotate, surest_poses
 
 FORMAT = 1
 WEIGHTS, STATE, DESCRIPTION = "weights.safetensors", "state.safetensors", "model.json"
@@ -163,7 +163,7 @@ class Segmenter:
             overlap: share of a window that the next one covers again.
             focus: where there is an overview, segment finely only the windows in which it sees something.
             rotations: segment a scan with thick slices, where the network is unsure of it, in other poses too
-                (`surest_poses`); this takes three to seven times as long.
+                (`surest_poses`), which takes three to seven times as long; not a scan too large for that (`can_turn`).
             device: where the network runs.
             precision: bfloat16 runs it under autocast.
             predictor: gives for a segmenter what segments its windows, see `medmeta.inference`. None: its network, in
@@ -282,7 +282,7 @@ class Segmenter:
         if self.overview is not None:
             runs.append(self.overview._window_predictor(device, precision, predictor, seconds))
         network = partial(self._network_bands, runs=runs, overlap=overlap, focus=focus, device=device)
-        if not (rotations and self.preprocess.thick):
+        if not (rotations and self.preprocess.thick and can_turn(working.shape, len(self.labels))):
             return working, network(grids, layers=layers, context=context)
 
         def segment(degrees: float) -> Tensor:
