@@ -6,9 +6,9 @@
 The plain pipeline is LoadImage, Orientation, Spacing, intensities, sliding_window_inference of probabilities, Invert,
 argmax and SaveImage, as MONAI's tutorials write it. Ways take turns, so that other work on the machine slows all of
 them; the median round counts. Dice is between the label maps of the plain pipeline and of each way on the working grid
-alone; with an overview, between those with and without focus. `medmeta predict` chooses among the first ways what the
-machine has. Public sets are often coarser than what scanners give: `--resample` brings scans to a voxel size in mm
-first.
+alone; with an overview, between those with and without focus, poses or carried labels. `medmeta predict` chooses among
+the first ways what the machine has. Public sets are often coarser than what scanners give: `--resample` brings scans to
+a voxel size in mm first.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,21 +116,24 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     carrying = load(options.model)
     whole = replace(carrying, atlases=())
     segmenter = replace(whole, single=(), overview=None, best_dice=False)
+    upright = partial(predict, rotations=False)
     ways: dict[str, Callable[[Path], object]] = {
         "plain MONAI": lambda out: plain(segmenter, scans, out, options.windows),
-        "float32": lambda out: predict(segmenter, scans, out),
-        "bfloat16": lambda out: predict(segmenter, scans, out, precision=torch.bfloat16),
+        "float32": lambda out: upright(segmenter, scans, out),
+        "bfloat16": lambda out: upright(segmenter, scans, out, precision=torch.bfloat16),
     }
     if importlib.util.find_spec("openvino"):
-        ways["openvino"] = lambda out: predict(segmenter, scans, out, backend="openvino")
-        ways["openvino bfloat16"] = lambda out: predict(
+        ways["openvino"] = lambda out: upright(segmenter, scans, out, backend="openvino")
+        ways["openvino bfloat16"] = lambda out: upright(
             segmenter, scans, out, backend="openvino", precision=torch.bfloat16
         )
     if whole.overview and not options.one_grid:
-        ways["overview"] = lambda out: predict(whole, scans, out)
-        ways["overview, focus"] = lambda out: predict(whole, scans, out, focus=True)
+        ways["overview"] = lambda out: upright(whole, scans, out)
+        ways["overview, focus"] = lambda out: upright(whole, scans, out, focus=True)
+        if whole.preprocess.thick:
+            ways["overview, poses"] = lambda out: predict(whole, scans, out)
         if carrying.atlases:
-            ways["overview, carried"] = lambda out: predict(carrying, scans, out)
+            ways["overview, carried"] = lambda out: upright(carrying, scans, out)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.rounds):
         for name, run in ways.items():

@@ -7,7 +7,7 @@ that was never trained to the same support scans for the same number of steps, a
 are the same body with labels carried by registration, as `medmeta adapt` does by default, and, for the smallest
 support, with unlabelled scans to learn from too, which are none of those that are tested on. What stands in the
 folders below `--out` from an earlier run is not done again; `hold_out_*/adapted` holds the adapted networks, 1 GB in
-all, for that.
+all, for that. Results do not know which version of medmeta made them: after an update begin in another folder.
 """
 
 from __future__ import annotations
