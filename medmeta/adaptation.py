@@ -476,7 +476,8 @@ def _self_train(
 
     segmenter = start or learn(0, support, None)
     for number in range(1, len(parts)):
-        scans = with_pseudo_labels(segmenter, task, support, carried, **where)
+        # Poses are for a network that knows few of them; after the first round it knows those of the unlabelled scans.
+        scans = with_pseudo_labels(segmenter, task, support, carried, rotations=number == 1, **where)
         made = learn(number, scans, segmenter)
         segmenter = replace(segmenter, state=made.state, overview=made.overview)
     if not any(layer is not None and layer.share > 0.0 for layer in carried.values()):
