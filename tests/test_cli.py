@@ -156,6 +156,10 @@ def test_adapt_predict_evaluate(medmeta_command, model, support, tmp_path):
         assert grid_difference(ours, theirs) is None
     again = medmeta_command("predict", out, tmp_path / "test" / "images", "--out", made)
     assert "0 segmented, 2 there already" in again.out
+    upright = tmp_path / "upright"
+    assert medmeta_command("predict", out, tmp_path / "test" / "images", "--out", upright, "--upright").code == 0
+    for folder, rotations in ((made, "True"), (upright, "False")):
+        assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]["rotations"] == rotations
 
     run = medmeta_command(
         "evaluate", "--reference", tmp_path / "test" / "labels", "--prediction", made, "--json", scores
