@@ -19,7 +19,6 @@ SURE, SURER = 0.8, 0.03
 """Expected Dice from which on a scan is segmented as it is and in no other pose, and by how much another pose has to
 expect more of itself to count: standing organs expect about as much a little to either side."""
 
-
 MOST_BYTES = 2**29
 """Probabilities of one pose at most: those of `POSES` poses and of the scan as it is are held at a time."""
 
