@@ -163,7 +163,7 @@ class Segmenter:
             overlap: share of a window that the next one covers again.
             focus: where there is an overview, segment finely only the windows in which it sees something.
             rotations: segment a scan with thick slices, where the network is unsure of it, in other poses too
-                (`surest_poses`), which takes three to seven times as long; not a scan too large for that (`can_turn`).
+                (`surest_poses`), which takes three to five times as long; not a scan too large for that (`can_turn`).
             device: where the network runs.
             precision: bfloat16 runs it under autocast.
             predictor: gives for a segmenter what segments its windows, see `medmeta.inference`. None: its network, in
@@ -308,9 +308,11 @@ class Segmenter:
         predictor: Callable[[Segmenter], Predictor] | None,
         seconds: dict[str, float],
     ) -> Predictor:
-        if predictor is not None:
-            return timed(predictor(self), seconds)
-        return timed(torch_predictor(self.model.learner, self.state, device=device, precision=precision), seconds)
+        if predictor is None:
+            run = torch_predictor(self.model.learner, self.state, device=device, precision=precision)
+        else:
+            run = predictor(self)
+        return timed(run, seconds)
 
     def _network_bands(
         self,
