@@ -41,8 +41,15 @@ CANDIDATES = ("finetune", "lora")
 FOLDS = 3
 """Models that "auto" trains for each candidate; with more patients several are left out together."""
 
-REHEARSAL = 0.5
-"""Share of the budget that each of these models gets, so that all of it takes four times as long as one adaptation."""
+REHEARSAL = 0.25
+"""Share of the budget that each of these models gets, so that all of it takes at most two and a half times as long as
+one adaptation."""
+
+BEHIND = 0.01
+"""Mean Dice by which a candidate may be behind on the patients left out so far and still be tried on the others."""
+
+STEPS = 1000
+"""Steps for one labelled scan (`usual_steps`)."""
 
 RATES = {"lora": 2.5, "norms": 2.5}
 """Peak step sizes relative to that of full fine-tuning: the fewer parameters move, the faster they may."""
@@ -83,9 +90,9 @@ OVERVIEW_SHARE, FEW_SHARE = 1 / 3, 1 / 2
 OVERVIEW_FROM = 200
 """Steps from which on an overview is learned too; fewer are all for the finer grid."""
 
-MIXED = 0.5
-"""Share of the steps on unlabelled scans whose patches have a box of another patch in them (`copy_paste`), where slices
-are thick."""
+MIXED, SEVERAL = 0.5, 5
+"""Share of the steps whose patches have a box of another patch in them (`copy_paste`), where slices are thick: of all
+steps from the second number of labelled patients on, with fewer of those on unlabelled scans."""
 
 MORE, ROUNDS, FEW_ROUNDS = 1 / 6, 3, 6
 """Self-training adds rounds of this share of the steps, in each of which the unlabelled scans are labelled and learned
@@ -97,13 +104,13 @@ class Budget:
     """How long and how fast to adapt.
 
     Args:
-        steps: optimiser steps at most.
+        steps: optimiser steps at most; `usual_steps` says how many serve how many scans.
         minutes: wall-clock minutes at most, None for no limit. Only a budget of steps gives the same result again.
         rate: Adam's peak step size, before a cosine to nothing.
         patches: patches of one step.
     """
 
-    steps: int = 1000
+    steps: int = STEPS
     minutes: float | None = None
     rate: float = 2e-3
     patches: int = 2
@@ -111,6 +118,14 @@ class Budget:
     def __post_init__(self) -> None:
         if self.steps < 0 or self.rate <= 0 or self.patches < 1 or (self.minutes is not None and self.minutes <= 0):
             raise ValueError(f"{self}; required: steps of 0 or more, patches of 1 or more, a positive rate and minutes")
+
+
+def usual_steps(scans: int) -> int:
+    """Optimiser steps that serve so many labelled patients: the more they show, the longer there is to learn from.
+
+    They rise with the square root: 1,000 for one, 1,732 for three, 2,236 for five, 3,162 for ten.
+    """
+    return round(STEPS * math.sqrt(scans))
 
 
 class Where(TypedDict):
@@ -125,7 +140,7 @@ def adapt_to(
     task: Task,
     *,
     method: str = "auto",
-    budget: Budget = Budget(),
+    budget: Budget | None = None,
     seed: int = 0,
     atlases: int = ATLASES,
     device: torch.device | str = "cpu",
@@ -142,12 +157,13 @@ def adapt_to(
         task: 1 to 10 labelled scans, and for self-training unlabelled ones, of which `UNLABELLED` are drawn; those that
             cannot be used are named in the card.
         method: one of `METHODS`, or "auto": the best of `CANDIDATES` by cross-validation over the labelled patients
-            (each left out once, `FOLDS` models for each candidate, `REHEARSAL` of the steps each), where there are 3 or
-            more; "finetune" for 1 and 2. Where that is "finetune" and there are unlabelled scans, "self_training" takes
-            its place. The card of the segmenter holds the scores and the forecast that follows from them, without
-            unlabelled scans.
+            (each left out once, `FOLDS` models for each candidate that keeps up, `REHEARSAL` of the steps each), where
+            there are 3 or more; "finetune" for 1 and 2. Where that is "finetune" and there are unlabelled scans,
+            "self_training" takes its place. The card of the segmenter holds the scores and the forecast that follows
+            from them, without unlabelled scans.
         budget: how long each fine-tuning takes, self-training half as many steps again, with 1 and 2 scans as many
-            again (`ROUNDS`); with "auto" the minutes are those of all of them together.
+            again (`ROUNDS`); with "auto" the minutes are those of all of them together. None: as many steps as are
+            usual for so many patients.
         seed: which patches and augmentations are drawn.
         atlases: labelled scans at most whose labels are carried to others by registration too. The segmenter then
             holds these scans, on a coarser grid; none that turns out to count for nothing (`make_atlases`; with
@@ -165,6 +181,7 @@ def adapt_to(
     if method not in ("auto", *METHODS):
         raise ValueError(f"method {method!r}; required: one of auto, {', '.join(METHODS)}")
     model = as_model(model)
+    budget = budget or Budget(usual_steps(len(task.labelled.patients)))
     support = prepare_support(task, model.voxels, stride=model.learner.net.stride)
     require_targets(task, support)
     where = Where(device=device, precision=precision)
@@ -177,11 +194,9 @@ def adapt_to(
     rehearsed = rehearsals * part.steps
     planned = _told_from(progress, 0, rehearsed + full.steps)
     scores = _rehearse(model, task, support, folds, part, seed, atlases, where, planned)
-    dices = {
-        name: [mean_score(row[target]["dice"] for target in task.targets) for row in rows]
-        for name, rows in scores.items()
-    }
-    means = {name: mean_score(values) for name, values in dices.items()}
+    dices = {name: _dices(rows, task) for name, rows in scores.items()}
+    scored = max(map(len, dices.values()), default=0)
+    means = {name: mean_score(values) for name, values in dices.items() if len(values) == scored}
     best = max(means, key=lambda name: means[name]) if means else "finetune" if method == "auto" else method
     chosen = best
     notes: list[str] = []
@@ -200,7 +215,12 @@ def adapt_to(
     if support.unlabelled or notes:
         card["unlabelled"] = {"scans": len(support.unlabelled), "unusable": notes}
     if scores:
-        card["left_out"] = {"mean_dice": means, "cases": scores[best]}
+        behind = {
+            name: {"scans": len(values), "dice": mean_score(dices[best][: len(values)]) - mean_score(values)}
+            for name, values in dices.items()
+            if name not in means
+        }
+        card["left_out"] = {"mean_dice": means, "behind": behind, "cases": scores[best]}
         trained_on = round(len(task.labelled.cases) * (1 - 1 / len(folds)))
         card["forecast"] = forecast(dices[best], trained_on, len(task.labelled.cases), seed).to_dict()
     return replace(segmenter, card=segmenter.card | card)
@@ -217,8 +237,12 @@ def _rehearse(
     where: Where,
     progress: Callable[[int, int, float], None] | None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Candidate -> scores of every labelled scan by models that did not see its patient; `budget` is that of each."""
+    """Candidate -> scores of the labelled scans by models that did not see their patient; `budget` is that of each.
+
+    The scans come in the order of the folds; those of one that is `BEHIND` after some of them end there.
+    """
     scores: dict[str, list[dict[str, Any]]] = {name: [] for name in CANDIDATES if folds}
+    tried = list(scores)
     done = 0
     for left_out in folds:
         others = task.labelled.of_patients([name for name in task.labelled.patients if name not in left_out])
@@ -226,16 +250,23 @@ def _rehearse(
         cases = task.labelled.of_patients(left_out).cases
         kept = make_atlases(rest, atlases)
         carried: dict[str, Layer | None] = {}
-        for candidate, rows in scores.items():
-            told = _told_from(progress, done)
+        for candidate in tried:
+            told = _told_from(progress, done + budget.steps * list(scores).index(candidate))
             made = adapt_support(model, others, rest, candidate, budget, seed, atlases=0, progress=told, **where)
-            done += budget.steps
             segmenter = replace(made, atlases=kept)
             for case in cases:
                 if case.id not in carried:
                     carried[case.id] = segmenter.carry(read_scan(task, case))
-                rows.append(score_case(segmenter, task, case, 2.0, carried=carried[case.id], **where))
+                scores[candidate].append(score_case(segmenter, task, case, 2.0, carried=carried[case.id], **where))
+        done += budget.steps * len(scores)
+        means = {name: mean_score(_dices(scores[name], task)) for name in tried}
+        tried = [name for name in tried if not means[name] < max(means.values()) - BEHIND]
     return scores
+
+
+def _dices(rows: Sequence[Mapping[str, Any]], task: Task) -> list[float]:
+    """The mean Dice over the structures of each scan."""
+    return [mean_score(row[target]["dice"] for target in task.targets) for row in rows]
 
 
 def _folds(patients: Sequence[str], seed: int) -> list[list[str]]:
@@ -306,7 +337,8 @@ def adapt_support(
     def learn(view: StoredTask, part: Budget, done: int, before: Segmenter | None) -> Segmenter:
         told = _told_from(progress, done, budget.steps)
         begin = before.state if before else None
-        mixed = MIXED if before and support.preprocess.thick else 0.0
+        several = len(task.labelled.patients) >= SEVERAL
+        mixed = MIXED if (before or several) and support.preprocess.thick else 0.0
         state = adapt_prepared(model.learner, view, method, part, seed, device, precision, told, begin, mixed)
         return make_segmenter(model, task, view, state, {})
 

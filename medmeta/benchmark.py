@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medmeta.adaptation import METHODS, Budget, Where, adapt_support
+from medmeta.adaptation import METHODS, Budget, Where, adapt_support, usual_steps
 from medmeta.data.store import StoredTask
 from medmeta.data.tasks import Task
 from medmeta.errors import InputError
@@ -43,7 +43,7 @@ class Trial:
         shots: numbers of support scans.
         methods: ways to adapt, of `medmeta.adaptation.METHODS`; "inner" is each learner's own rule and takes no steps;
             "self_training" has the scans, not the labels, of the patients who are neither in the support nor tested.
-        steps: lengths of the adaptation by any other method, each a run of its own.
+        steps: lengths of the adaptation by any other method, each a run of its own; none: `usual_steps`.
         draws: support sets for each number of scans; the larger holds the smaller.
         test_patients: patients that are segmented and scored, never in a support.
         rate: Adam's peak step size.
@@ -75,10 +75,10 @@ class Trial:
         if unknown:
             raise ValueError(f"methods {unknown}; required: among {', '.join(METHODS)}")
 
-    @property
-    def adaptations(self) -> list[tuple[str, int]]:
-        """Every (method, steps); the learner's own rule counts no steps."""
-        return [(method, steps) for method in self.methods for steps in ((0,) if method == "inner" else self.steps)]
+    def adaptations(self, shots: int) -> list[tuple[str, int]]:
+        """Every (method, steps) for so many scans; the learner's own rule counts no steps."""
+        lengths = self.steps or (usual_steps(shots),)
+        return [(method, steps) for method in self.methods for steps in ((0,) if method == "inner" else lengths)]
 
 
 Result = dict[str, Any]
@@ -122,7 +122,7 @@ def compare(
         for shots in trial.shots
         for draw in range(trial.draws)
         for name in arms
-        for method, steps in trial.adaptations
+        for method, steps in trial.adaptations(shots)
     ]
     results = []
     prepared: dict[tuple[int, int], StoredTask] = {}
@@ -445,11 +445,16 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], out: Path) -> dict[str, Path]
     """Dice over the number of scans and over the seconds of adaptation, one panel for each arm: title -> picture."""
     pictures: dict[str, Path] = {}
     baselines = [arm for arm in ("scratch", BASELINE) if any(row["arm"] == arm for row in rows)]
-    for method, steps in dict.fromkeys((row["method"], row["steps"]) for row in rows):
-        chosen = [row for row in rows if (row["method"], row["steps"]) == (method, steps)]
-        path = out / f"shots-{describe_adaptation(method, steps, '-')}.png"
+    ways: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        alike = [other for other in rows if other["method"] == row["method"]]
+        # One curve also where each number of scans has a length of its own.
+        usual = all(other["steps"] == usual_steps(other["shots"]) for other in alike)
+        ways.setdefault(row["method"] if usual else describe_adaptation(row["method"], row["steps"]), []).append(row)
+    for way, chosen in ways.items():
+        path = out / f"shots-{way.replace(' ', '-')}.png"
         arm_panels(_series(chosen, "shots"), path, baselines=baselines, label="labelled scans")
-        pictures[f"Dice over labelled scans, {describe_adaptation(method, steps)}"] = path
+        pictures[f"Dice over labelled scans, {way}"] = path
     for shots in dict.fromkeys(row["shots"] for row in rows):
         chosen = [row for row in rows if row["shots"] == shots and row["method"] != "inner"]
         if chosen:

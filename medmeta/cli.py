@@ -210,7 +210,7 @@ def adapt(
         str,
         typer.Option(help="auto, finetune, self_training, lora, norms, head, inner (the learner's own) or scratch."),
     ] = "auto",
-    steps: Annotated[int, typer.Option(help="Steps of each fine-tuning.")] = 1000,
+    steps: Annotated[int | None, typer.Option(help="Steps, else 1,000 x root of the scan count.")] = None,
     atlases: Annotated[int, typer.Option(min=0, metavar="N", help="Scans to carry labels from.")] = 5,
     minutes: Annotated[float | None, typer.Option(help="Minutes at most, for all of it.")] = None,
     seed: Seed = 0,
@@ -225,7 +225,7 @@ def adapt(
 
     Example: medmeta adapt model --images scans --labels labels --target kidney=2,3 --out kidney
     """
-    from medmeta.adaptation import Budget, adapt_to
+    from medmeta.adaptation import Budget, adapt_to, usual_steps
     from medmeta.console import Reporter
     from medmeta.inference import fastest_precision
     from medmeta.review import write_adaptation
@@ -259,7 +259,7 @@ def adapt(
             source,
             task,
             method=method,
-            budget=Budget(steps=steps, minutes=minutes),
+            budget=Budget(usual_steps(len(task.labelled.patients)) if steps is None else steps, minutes),
             seed=seed,
             atlases=atlases,
             device=device,
@@ -499,6 +499,7 @@ def info(model: ModelFolder) -> None:
 def _describe_adaptation(card: Mapping[str, Any]) -> None:
     """What was chosen on which grounds, and the forecast where there is one."""
     from medmeta.forecast import describe
+    from medmeta.review.page import count_scans
 
     chosen = card["method"]
     if "unlabelled" in card:
@@ -508,8 +509,10 @@ def _describe_adaptation(card: Mapping[str, Any]) -> None:
     if "left_out" not in card:
         _line(f"Adapted by {chosen}. From 3 labelled scans on, the way is chosen and the Dice forecast.")
         return
-    means = card["left_out"]["mean_dice"]
-    tried = ", ".join(f"{name} {dice:.3f}" for name, dice in means.items())
+    left_out = card["left_out"]
+    tried = ", ".join(f"{name} {dice:.3f}" for name, dice in left_out["mean_dice"].items())
+    for name, behind in left_out.get("behind", {}).items():
+        tried += f"; {name} no more after {count_scans(behind['scans'])}, {behind['dice']:.3f} behind"
     _line(f"Mean Dice on scans left out: {tried}. Adapted by {chosen}.")
     for line in describe(card["forecast"]).splitlines():
         _line(line)

@@ -129,7 +129,7 @@ def run_medmeta(
 ) -> dict[str, Any]:
     """Adapt, segment the test scans and score them; the minutes are those of all that "auto" tries."""
     options: dict[str, Any] = {"device": device, "precision": fastest_precision(device)}
-    budget = Budget(steps=400) if minutes is None else Budget(steps=10**9, minutes=minutes)
+    budget = None if minutes is None else Budget(steps=10**9, minutes=minutes)
     started = time.monotonic()
     segmenter = adapt_to(model, support, method=method, budget=budget, seed=seed, **options)
     seconds = time.monotonic() - started

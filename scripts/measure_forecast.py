@@ -31,7 +31,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("config", type=Path, help="a benchmark config, for the held-out set and its test patients")
     parser.add_argument("--shots", type=int, nargs="+", default=[3, 5])
     parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, help="of each adaptation; else as many as medmeta adapt takes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the config")
     arguments = parser.parse_args(given)
@@ -46,7 +46,7 @@ def main(given: Sequence[str] | None = None) -> None:
     for shots in arguments.shots:
         for draw in range(arguments.draws):
             support = task.of_patients(supports[draw][:shots])
-            budget = Budget(steps=arguments.steps)
+            budget = Budget(arguments.steps) if arguments.steps else None
             segmenter = adapt_to(model, support, budget=budget, seed=draw, **options)
             expected = segmenter.card["forecast"]
             dices = []

@@ -28,15 +28,14 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shots", type=int, default=5)
     parser.add_argument("--scans", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=Budget().steps)
+    parser.add_argument("--steps", type=int, help="of the adaptation; else as many as medmeta adapt takes")
     arguments = parser.parse_args(given)
     config = load_config(BenchmarkConfig, arguments.config)
     task, precision = config.held_out_task(), fastest_precision("cpu")
     test, supports = draw_supports(task, config.trial)
     support = task.of_patients(supports[0][: arguments.shots])
-    segmenter = adapt_to(
-        load(arguments.model), support, method="finetune", budget=Budget(steps=arguments.steps), precision=precision
-    )
+    budget = Budget(arguments.steps) if arguments.steps else None
+    segmenter = adapt_to(load(arguments.model), support, method="finetune", budget=budget, precision=precision)
     panels = []
     for case in test.cases[: arguments.scans]:
         scan, mask = read_case(task, case)

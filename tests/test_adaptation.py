@@ -22,6 +22,7 @@ from medmeta.adaptation import (
     adapt_prepared,
     adapt_support,
     adapt_to,
+    usual_steps,
 )
 from medmeta.data.tasks import Case, Task
 from medmeta.data.volume import Volume, write_volume
@@ -144,6 +145,7 @@ def test_every_scan_comes_up_as_often_as_any_other(support, tmp_path, monkeypatc
     import medmeta.adaptation as module
 
     draw = module.draw_patch
+    monkeypatch.setattr(module, "MIXED", 0.0)
     monkeypatch.setattr(module, "draw_patch", lambda case, *rest: drawn.append(case.id) or draw(case, *rest))
     write_pairs(tmp_path, cases=(0, 1, 2))
     task = support_task(tmp_path / "images", tmp_path / "labels", targets=TWO)
@@ -152,7 +154,7 @@ def test_every_scan_comes_up_as_often_as_any_other(support, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("thick", [True, False])
-def test_patches_are_mixed_where_labels_are_guessed_and_slices_thick(scans, monkeypatch, thick):
+def test_patches_are_mixed_where_labels_are_guessed_or_several_and_slices_thick(scans, three, monkeypatch, thick):
     import medmeta.adaptation as module
 
     mixed = []
@@ -164,12 +166,16 @@ def test_patches_are_mixed_where_labels_are_guessed_and_slices_thick(scans, monk
 
     monkeypatch.setattr(module, "copy_paste", noted)
     monkeypatch.setattr(module, "MIXED", 1.0)
+    monkeypatch.setattr(module, "SEVERAL", 3)
     monkeypatch.setattr("medmeta.data.preprocess.Preprocess.thick", thick)
     adapt_to(tiny_model(), scans, method="finetune", budget=Budget(steps=4), atlases=0)
     assert not mixed
     adapt_to(tiny_model(), scans, method="self_training", budget=Budget(steps=12), atlases=0)
     assert [len(each) for each in mixed] == [2, 1] * FEW_ROUNDS * thick, "one step on each grid in each round"
     assert all(map(all, mixed)), "no patch is mixed with itself"
+    mixed.clear()
+    adapt_to(tiny_model(), three, method="finetune", budget=Budget(steps=4), atlases=0)
+    assert [len(each) for each in mixed] == [2, 2, 1, 1] * thick
 
 
 def test_several_classes_and_what_the_segmenter_says_of_itself(task):
@@ -305,29 +311,54 @@ def three(tmp_path_factory) -> Task:
     return support_task(folder / "images", folder / "labels", targets=TWO)
 
 
-def test_auto_leaves_each_scan_out_once_and_forecasts(three):
+def test_auto_leaves_each_scan_out_once_and_forecasts(three, monkeypatch):
     told = []
-    budget = Budget(steps=2)
+    budget = Budget(steps=4)
+    monkeypatch.setattr("medmeta.adaptation.BEHIND", 1.0)
     segmenter = adapt_to(tiny_model(), three, budget=budget, progress=lambda *given: told.append(given[:2]))
     card = segmenter.card
     means = card["left_out"]["mean_dice"]
     assert tuple(means) == CANDIDATES
+    assert card["left_out"]["behind"] == {}
     assert card["method"] == max(means, key=means.get)
     assert sorted(row["case"] for row in card["left_out"]["cases"]) == [case.id for case in three.cases]
     assert card["forecast"]["scans"] == 3
     assert 0 < card["forecast"]["mean_interval"][0] < card["forecast"]["dice"] < 1
-    total = 1 * 3 * len(CANDIDATES) + 2
+    total = 1 * 3 * len(CANDIDATES) + 4
     assert told == [(step, total) for step in range(1, total + 1)]
     # What is chosen is then fitted on all scans.
     assert same(segmenter.state, adapt_to(tiny_model(), three, method=card["method"], budget=budget).state)
 
 
+@pytest.mark.parametrize("worse", CANDIDATES)
+def test_auto_does_not_go_on_with_what_is_behind(three, monkeypatch, worse):
+    import medmeta.adaptation as module
+
+    made, told, given = [], [], {"finetune": 0.5, "lora": 0.5, worse: 0.4}
+    adapt_one = module.adapt_support
+
+    def noted(model, task, support, method, *rest, **options):
+        made.append(method)
+        return adapt_one(model, task, support, method, *rest, **options)
+
+    monkeypatch.setattr(module, "adapt_support", noted)
+    monkeypatch.setattr(module, "score_case", lambda *_, **__: {name: {"dice": given[made[-1]]} for name in TWO})
+    card = adapt_to(tiny_model(), three, budget=Budget(steps=4), progress=lambda *each: told.append(each[:2])).card
+    (better,) = set(CANDIDATES) - {worse}
+    assert made == [*CANDIDATES, better, better, better], "three folds, and once on all scans"
+    assert card["left_out"]["mean_dice"] == {better: pytest.approx(0.5)}
+    assert card["left_out"]["behind"] == {worse: {"scans": 1, "dice": pytest.approx(0.1)}}
+    assert card["method"] == better
+    assert told[-1] == (10, 10), "what was left out counts as done"
+    assert told == sorted(told)
+
+
 def test_auto_scores_a_scan_with_a_model_that_never_saw_it(three):
-    card = adapt_to(tiny_model(), three, budget=Budget(steps=6)).card
+    card = adapt_to(tiny_model(), three, budget=Budget(steps=12)).card
     (case,) = (case for case in three.cases if case.id == card["left_out"]["cases"][0]["case"])
     others = three.of_patients([name for name in three.patients if name != case.patient])
     part = prepare_support(three, 16**3, stride=2).only([each.id for each in others.cases])
-    made = adapt_support(tiny_model(), others, part, card["method"], Budget(steps=3))  # half of them
+    made = adapt_support(tiny_model(), others, part, card["method"], Budget(steps=3))  # a quarter of them
     expected = score_case(made, three, case, 2.0)
     assert card["left_out"]["cases"][0] == expected
 
@@ -352,8 +383,18 @@ def test_minutes_are_shared_by_all_that_auto_trains(three):
     told = []
     budget = Budget(steps=10**6, minutes=0.02)
     segmenter = adapt_to(tiny_model(), three, budget=budget, progress=lambda *given: told.append(given))
-    assert segmenter.card["minutes"] == pytest.approx(0.02 / (3 * len(CANDIDATES) / 2 + 1))
-    assert len(told) >= 3 * len(CANDIDATES) + 1
+    assert segmenter.card["minutes"] == pytest.approx(0.02 / (3 * len(CANDIDATES) / 4 + 1))
+    assert len(told) >= 3 + len(CANDIDATES)
+
+
+@pytest.mark.parametrize(("scans", "steps"), [(1, 1000), (4, 2000), (9, 3000)])
+def test_more_scans_are_learned_from_for_longer(scans, steps):
+    assert usual_steps(scans) == steps
+
+
+def test_without_a_budget_it_takes_the_usual_steps(task, monkeypatch):
+    monkeypatch.setattr("medmeta.adaptation.STEPS", 2)
+    assert adapt_to(tiny_model(), task).card["steps"] == usual_steps(len(task.patients))
 
 
 def test_prepared_support_and_segmenter_equal_the_short_way(task):

@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from medmeta.adaptation import usual_steps
 from medmeta.benchmark import (
     Trial,
     compare,
     cost_table,
+    draw_curves,
     draw_supports,
     markdown_table,
     nested_interval,
@@ -129,6 +131,22 @@ def test_what_was_adapted_is_kept_for_other_trials_and_changes_no_result(task, a
     for one, other in zip(alone, kept, strict=True):
         assert one.pop("adapt_seconds") > 0 and other.pop("adapt_seconds") > 0
         assert json.dumps(one) == json.dumps(other)
+
+
+def test_no_steps_are_as_many_as_adapt_takes():
+    trial = Trial(methods=("inner", "finetune"), steps=())
+    assert trial.adaptations(4) == [("inner", 0), ("finetune", usual_steps(4))]
+    assert Trial(steps=(10, 30)).adaptations(4) == [("finetune", 10), ("finetune", 30)]
+
+
+@pytest.mark.parametrize("steps", [(1000, 2000), (7, 9)])
+def test_one_curve_goes_through_lengths_that_follow_the_scans(tmp_path, steps):
+    figures = {"arm": "transfer", "method": "finetune", "dice": 0.5, "interval": (0.4, 0.6), "adapt_seconds": 1.0}
+    draw_curves(
+        [figures | {"shots": shots, "steps": each} for shots, each in zip((1, 4), steps, strict=True)], tmp_path
+    )
+    made = {path.name for path in tmp_path.glob("shots-*.png")}
+    assert made == ({"shots-finetune.png"} if steps == (1000, 2000) else {"shots-7-steps.png", "shots-9-steps.png"})
 
 
 def test_an_unknown_way_to_adapt_is_refused():

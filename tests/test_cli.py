@@ -20,7 +20,7 @@ import yaml
 from small import TERMS, broken_scans, like, nifti, phantom, tiny_model, tree, write_pairs
 
 import medmeta
-from medmeta.adaptation import Budget, adapt
+from medmeta.adaptation import CANDIDATES, Budget, adapt, usual_steps
 from medmeta.cli import main
 from medmeta.data.phantoms import write_phantoms
 from medmeta.data.volume import Volume, grid_difference, read_header, read_labels, write_volume
@@ -132,7 +132,7 @@ def test_adapt_with_unlabelled_scans(medmeta_command, model, support, tmp_path):
 
 def test_adapt_takes_as_many_steps_and_atlases_as_the_api(medmeta_command):
     text = medmeta_command("adapt", "--help").out
-    assert f"[default: {Budget().steps}]" in text
+    assert f"Steps, else {usual_steps(1):,} x root of the scan count." in text
     assert f"[default: {ATLASES}]" in text
 
 
@@ -187,8 +187,12 @@ def test_adapt_chooses_and_forecasts_from_three_scans(medmeta_command, model, tm
     run = medmeta_command(*words)
     assert (run.code, run.err) == (0, "")
     card = load(tmp_path / "organ").card
-    for name, dice in card["left_out"]["mean_dice"].items():
+    left_out = card["left_out"]
+    for name, dice in left_out["mean_dice"].items():
         assert f"{name} {dice:.3f}" in run.out
+    for name, behind in left_out["behind"].items():
+        assert f"{name} no more after {behind['scans']} scan, {behind['dice']:.3f} behind" in run.out
+    assert {*left_out["mean_dice"], *left_out["behind"]} == {*CANDIDATES}
     assert f"Adapted by {card['method']}" in run.out
     assert "Expected Dice on unseen scans like these" in run.out
     assert "With further labelled scans: 1 more" in run.out

@@ -135,7 +135,7 @@ def adaptation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Segmenter, Tas
     folder = write_pairs(tmp_path_factory.mktemp("Jane Doe"), cases=(0, 1, 2))
     task = support_task(folder / "images", folder / "labels", targets={"first": (1,), "second": (2,)})
     told = []
-    budget = Budget(steps=2)
+    budget = Budget(steps=4)
     return adapt_to(tiny_model(), task, budget=budget, progress=lambda *each: told.append(each)), task, told
 
 
@@ -641,7 +641,7 @@ def test_an_adaptation_names_its_settings_and_no_folder(adaptation, tmp_path):
     noted = replace(segmenter, card=segmenter.card | {"unlabelled": {"scans": 0, "unusable": [secret]}})
     page = write_adaptation(tmp_path, noted, task)
     data = data_of(page)
-    assert data["settings"]["adapted.steps"] == "2"
+    assert data["settings"]["adapted.steps"] == "4"
     assert data["settings"]["network.name"] == "se_unet_3d"
     assert data["settings"]["trained on"] == "Task01_Liver"
     assert not any(name.startswith(("adapted.left_out", "adapted.forecast")) for name in data["settings"])
@@ -667,6 +667,17 @@ def test_what_was_not_left_out_has_no_scores(adaptation, tmp_path):
     assert data["note"].startswith("From 3 labelled scans on")
 
 
+def test_a_way_that_fell_behind_is_named_beside_the_others(adaptation, tmp_path):
+    segmenter, task, _ = adaptation
+    left_out = segmenter.card["left_out"] | {
+        "mean_dice": {"finetune": 0.75},
+        "behind": {"lora": {"scans": 2, "dice": 0.04}},
+    }
+    page = write_adaptation(tmp_path, replace(segmenter, card=segmenter.card | {"left_out": left_out}), task)
+    rows = table_texts(page, "Ways to adapt, on scans left out")
+    assert rows[1:] == [["finetune", "0.750"], ["lora", "0.040 behind on 2 scans, no more tried"]]
+
+
 def test_only_the_loss_of_the_model_that_is_kept_is_drawn(adaptation, tmp_path, monkeypatch):
     segmenter, task, told = adaptation
     drawn = []
@@ -674,8 +685,8 @@ def test_only_the_loss_of_the_model_that_is_kept_is_drawn(adaptation, tmp_path, 
         "medmeta.review.adaptation.learning_curves", lambda history, path: (drawn.extend(history), path.touch())
     )
     write_adaptation(tmp_path, segmenter, task, losses=told)
-    assert len(told) > 2
-    assert [(row["step"], row["loss"]) for row in drawn] == [(1, told[-2][2]), (2, told[-1][2])]
+    assert len(told) > 4
+    assert [(row["step"], row["loss"]) for row in drawn] == [(n + 1, told[n - 4][2]) for n in range(4)]
 
 
 def test_the_page_of_a_benchmark_compares_the_arms(browser, sources, tmp_path):

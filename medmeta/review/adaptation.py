@@ -55,7 +55,7 @@ def write_adaptation(
             "90 % of single scans": f"{low:.2f} to {high:.2f}",
         }
         note = "The scores of a scan are those of a model that was adapted without it."
-        tables = [_tried_table(left_out["mean_dice"]), _forecast_table(forecast, len(cases))]
+        tables = [_tried_table(left_out), _forecast_table(forecast, len(cases))]
     # Tables of their own, and what may name folders or files of patients.
     apart = ("left_out", "forecast", "unlabelled", "task")
     settings = {
@@ -98,9 +98,16 @@ def _loss_curve(losses: Sequence[tuple[int, int, float]], card: Mapping[str, Any
     return {"Loss of the final adaptation": path}
 
 
-def _tried_table(means: Mapping[str, float]) -> PageTable:
+def _tried_table(left_out: Mapping[str, Any]) -> PageTable:
+    means = left_out["mean_dice"]
     best = max(means.values())
-    rows = [(name, Cell(f"{dice:.3f}", dice, dice == best)) for name, dice in means.items()]
+    rows: list[tuple[str, Cell | str]] = [
+        (name, Cell(f"{dice:.3f}", dice, dice == best)) for name, dice in means.items()
+    ]
+    rows += [
+        (name, f"{behind['dice']:.3f} behind on {count_scans(behind['scans'])}, no more tried")
+        for name, behind in left_out.get("behind", {}).items()
+    ]
     note = "Mean over structures and scans, each scan left out of the adaptation in turn. The best decides."
     return PageTable("Ways to adapt, on scans left out", ("Way", "Dice"), rows, note)
 
