@@ -41,9 +41,8 @@ CANDIDATES = ("finetune", "lora")
 FOLDS = 3
 """Models that "auto" trains for each candidate; with more patients several are left out together."""
 
-REHEARSAL = 0.25
-"""Share of the budget that each of these models gets, so that all of it takes at most two and a half times as long as
-one adaptation."""
+REHEARSAL = 0.2
+"""Share of the budget that each of these models gets, so that all of it takes about twice as long as one adaptation."""
 
 BEHIND = 0.01
 """Mean Dice by which a candidate may be behind on the patients left out so far and still be tried on the others."""
