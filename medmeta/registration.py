@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -117,8 +118,8 @@ def carry_labels(image: np.ndarray, spacing: Sequence[float], atlases: Sequence[
 
     Returns:
         Probabilities in float16 on a grid as coarse as that of an atlas' mask. Of n atlases their share is 0 to
-        n / (n + 1), which makes a network one rater among them, the more the registered scans look alike in and
-        around the organ, the more.
+        r / (r + 1), r the square root of n, since raters who err alike count less than as many who do not; the more
+        the registered scans look alike in and around the organ, the more.
     """
     import SimpleITK
 
@@ -140,7 +141,8 @@ def carry_labels(image: np.ndarray, spacing: Sequence[float], atlases: Sequence[
         indices[axis, axis] = fine / coarse
         indices[axis, 3] = (_origin(image.shape, spacing)[axis] - grid.GetOrigin()[axis]) / coarse
     probabilities = (1.0 - DOUBT) * total + DOUBT / len(total)
-    return Layer(probabilities.half(), indices, sum(weights) / (1 + len(weights)))
+    raters = math.sqrt(len(weights))
+    return Layer(probabilities.half(), indices, fmean(weights) * raters / (1 + raters))
 
 
 @dataclass(frozen=True, eq=False)

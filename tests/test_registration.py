@@ -112,7 +112,8 @@ def test_the_atlas_that_fits_counts():
     good, bad = make_atlas(image, mask, SPACING), make_atlas(np.random.default_rng(2).normal(size=SHAPE), mask, SPACING)
     alone, both = (carry_labels(moved(image, 1), SPACING, atlases, 2) for atlases in ([good], [bad, good]))
     assert torch.equal(alone.probabilities, both.probabilities)
-    assert both.share == pytest.approx(alone.share * (1 / 3) / (1 / 2))
+    of_two = 2**0.5 / (1 + 2**0.5)
+    assert both.share == pytest.approx(alone.share / (1 / 2) / 2 * of_two)
 
 
 def test_each_atlas_counts_where_it_looks_like_the_scan(monkeypatch):
