@@ -249,15 +249,17 @@ def _rehearse(
         cases = task.labelled.of_patients(left_out).cases
         kept = make_atlases(rest, atlases)
         carried: dict[str, Layer | None] = {}
-        for candidate in tried:
-            told = _told_from(progress, done + budget.steps * list(scores).index(candidate))
+        for candidate, rows in scores.items():
+            told = _told_from(progress, done)
+            done += budget.steps
+            if candidate not in tried:
+                continue
             made = adapt_support(model, others, rest, candidate, budget, seed, atlases=0, progress=told, **where)
             segmenter = replace(made, atlases=kept)
             for case in cases:
                 if case.id not in carried:
                     carried[case.id] = segmenter.carry(read_scan(task, case))
-                scores[candidate].append(score_case(segmenter, task, case, 2.0, carried=carried[case.id], **where))
-        done += budget.steps * len(scores)
+                rows.append(score_case(segmenter, task, case, 2.0, carried=carried[case.id], **where))
         means = {name: mean_score(_dices(scores[name], task)) for name in tried}
         tried = [name for name in tried if not means[name] < max(means.values()) - BEHIND]
     return scores
