@@ -13,12 +13,10 @@ import numpy as np
 import torch
 
 from medmeta.data.sampler import Augment, copy_paste, draw_patch
-from medmeta.data.store import StoredTask, read_scan
+from medmeta.data.store import StoredTask
 from medmeta.data.tasks import Task
 from medmeta.episode import Examples, State
 from medmeta.errors import InputError
-from medmeta.evaluate import mean_score, score_case
-from medmeta.forecast import forecast
 from medmeta.inference import Layer
 from medmeta.learners import MetaLearner
 from medmeta.losses import dice_cross_entropy
@@ -26,6 +24,7 @@ from medmeta.networks import build_network
 from medmeta.postprocess import one_piece
 from medmeta.pseudo_labels import with_pseudo_labels
 from medmeta.registration import ATLASES, make_atlases
+from medmeta.rehearsal import draw_folds, rehearse
 from medmeta.segmenter import Model, Segmenter, as_model
 from medmeta.support import prepare_support, require_targets, support_patches, support_task, with_unlabelled
 from medmeta.train import autocast
@@ -38,14 +37,9 @@ fine-tuning of a network that was never trained."""
 CANDIDATES = ("finetune", "lora")
 """What "auto" chooses from."""
 
-FOLDS = 3
-"""Models that "auto" trains for each candidate; with more patients several are left out together."""
-
 REHEARSAL = 0.2
-"""Share of the budget that each of these models gets, so that all of it takes about twice as long as one adaptation."""
-
-BEHIND = 0.01
-"""Mean Dice by which a candidate may be behind on the patients left out so far and still be tried on the others."""
+"""Share of the budget that each model that leaves patients out gets, so that all of it takes about twice as long as one
+adaptation."""
 
 STEPS = 1000
 """Steps for one labelled scan (`usual_steps`)."""
@@ -156,10 +150,9 @@ def adapt_to(
         task: 1 to 10 labelled scans, and for self-training unlabelled ones, of which `UNLABELLED` are drawn; those that
             cannot be used are named in the card.
         method: one of `METHODS`, or "auto": the best of `CANDIDATES` by cross-validation over the labelled patients
-            (each left out once, `FOLDS` models for each candidate that keeps up, `REHEARSAL` of the steps each), where
-            there are 3 or more; "finetune" for 1 and 2. Where that is "finetune" and there are unlabelled scans,
-            "self_training" takes its place. The card of the segmenter holds the scores and the forecast that follows
-            from them, without unlabelled scans.
+            (`rehearse`: each left out once, with `REHEARSAL` of the steps), where there are 3 or more; "finetune" for 1
+            and 2. Where that is "finetune" and there are unlabelled scans, "self_training" takes its place. The card of
+            the segmenter holds the scores and the forecast that follows from them, without unlabelled scans.
         budget: how long each fine-tuning takes, self-training half as many steps again, with 1 and 2 scans as many
             again (`ROUNDS`); with "auto" the minutes are those of all of them together. None: as many steps as are
             usual for so many patients.
@@ -185,18 +178,20 @@ def adapt_to(
     require_targets(task, support)
     where = Where(device=device, precision=precision)
     started = time.monotonic()
-    folds = _folds(task.labelled.patients, seed) if method == "auto" else []
+    folds = draw_folds(task.labelled.patients, seed) if method == "auto" else []
     rehearsals = len(CANDIDATES) * len(folds)
     minutes = None if budget.minutes is None else budget.minutes / (1 + REHEARSAL * rehearsals)
     full = replace(budget, minutes=minutes)
     part = replace(full, steps=round(REHEARSAL * full.steps), minutes=minutes and REHEARSAL * minutes)
     rehearsed = rehearsals * part.steps
     planned = _told_from(progress, 0, rehearsed + full.steps)
-    scores = _rehearse(model, task, support, folds, part, seed, atlases, where, planned)
-    dices = {name: _dices(rows, task) for name, rows in scores.items()}
-    scored = max(map(len, dices.values()), default=0)
-    means = {name: mean_score(values) for name, values in dices.items() if len(values) == scored}
-    best = max(means, key=lambda name: means[name]) if means else "finetune" if method == "auto" else method
+
+    def adapted(candidate: str, others: Task, rest: StoredTask, number: int) -> Segmenter:
+        told = _told_from(planned, number * part.steps)
+        return adapt_support(model, others, rest, candidate, part, seed, atlases=0, progress=told, **where)
+
+    tried = rehearse(CANDIDATES, task, support, folds, atlases, adapted, **where) if folds else None
+    best = tried.best if tried else "finetune" if method == "auto" else method
     chosen = best
     notes: list[str] = []
     if best == "self_training" or (method == "auto" and best == "finetune"):
@@ -213,71 +208,9 @@ def adapt_to(
     card["seconds"] = round(time.monotonic() - started, 1)
     if support.unlabelled or notes:
         card["unlabelled"] = {"scans": len(support.unlabelled), "unusable": notes}
-    if scores:
-        behind = {
-            name: {"scans": len(values), "dice": mean_score(dices[best][: len(values)]) - mean_score(values)}
-            for name, values in dices.items()
-            if name not in means
-        }
-        card["left_out"] = {"mean_dice": means, "behind": behind, "cases": scores[best]}
-        trained_on = round(len(task.labelled.cases) * (1 - 1 / len(folds)))
-        card["forecast"] = forecast(dices[best], trained_on, len(task.labelled.cases), seed).to_dict()
+    if tried:
+        card |= tried.to_card(seed)
     return replace(segmenter, card=segmenter.card | card)
-
-
-def _rehearse(
-    model: Model,
-    task: Task,
-    support: StoredTask,
-    folds: Sequence[Sequence[str]],
-    budget: Budget,
-    seed: int,
-    atlases: int,
-    where: Where,
-    progress: Callable[[int, int, float], None] | None,
-) -> dict[str, list[dict[str, Any]]]:
-    """Candidate -> scores of the labelled scans by models that did not see their patient; `budget` is that of each.
-
-    The scans come in the order of the folds; those of one that is `BEHIND` after some of them end there.
-    """
-    scores: dict[str, list[dict[str, Any]]] = {name: [] for name in CANDIDATES if folds}
-    tried = list(scores)
-    done = 0
-    for left_out in folds:
-        others = task.labelled.of_patients([name for name in task.labelled.patients if name not in left_out])
-        rest = support.only({case.id for case in others.cases})
-        cases = task.labelled.of_patients(left_out).cases
-        kept = make_atlases(rest, atlases)
-        carried: dict[str, Layer | None] = {}
-        for candidate, rows in scores.items():
-            told = _told_from(progress, done)
-            done += budget.steps
-            if candidate not in tried:
-                continue
-            made = adapt_support(model, others, rest, candidate, budget, seed, atlases=0, progress=told, **where)
-            segmenter = replace(made, atlases=kept)
-            for case in cases:
-                if case.id not in carried:
-                    carried[case.id] = segmenter.carry(read_scan(task, case))
-                rows.append(score_case(segmenter, task, case, 2.0, carried=carried[case.id], **where))
-        means = {name: mean_score(_dices(scores[name], task)) for name in tried}
-        tried = [name for name in tried if not means[name] < max(means.values()) - BEHIND]
-    return scores
-
-
-def _dices(rows: Sequence[Mapping[str, Any]], task: Task) -> list[float]:
-    """The mean Dice over the structures of each scan."""
-    return [mean_score(row[target]["dice"] for target in task.targets) for row in rows]
-
-
-def _folds(patients: Sequence[str], seed: int) -> list[list[str]]:
-    """Patients left out together, each once; none where there are fewer than 3."""
-    names = sorted(patients)
-    if len(names) < 3:
-        return []
-    order = [str(name) for name in np.random.default_rng([seed, 2]).permutation(names)]
-    count = min(FOLDS, len(order))
-    return [order[number::count] for number in range(count)]
 
 
 def adapt(
