@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +88,11 @@ MIXED, SEVERAL = 0.5, 5
 """Share of the steps whose patches have a box of another patch in them (`copy_paste`), where slices are thick: of all
 steps from the second number of labelled patients on, with fewer of those on unlabelled scans."""
 
+REPAINT, SURER = 0.5, 0.02
+"""Where 1 or 2 MR scans are labelled, self-training fine-tunes a second network with structures of another brightness
+in this share of the patches, since disease may have made the labelled organs dark. It takes the place of the first
+where it expects so much more Dice of what it finds in the unlabelled scans."""
+
 MORE, ROUNDS, FEW_ROUNDS = 1 / 6, 3, 6
 """Self-training adds rounds of this share of the steps, in each of which the unlabelled scans are labelled and learned
 from too; the second number with 1 and 2 labelled scans, which leave more to learn from the others."""
@@ -154,8 +160,8 @@ def adapt_to(
             and 2. Where that is "finetune" and there are unlabelled scans, "self_training" takes its place. The card of
             the segmenter holds the scores and the forecast that follows from them, without unlabelled scans.
         budget: how long each fine-tuning takes, self-training half as many steps again, with 1 and 2 scans as many
-            again (`ROUNDS`); with "auto" the minutes are those of all of them together. None: as many steps as are
-            usual for so many patients.
+            again (`ROUNDS`), of MR twice as many (`REPAINT`); with "auto" the minutes are those of all of them
+            together. None: as many steps as are usual for so many patients.
         seed: which patches and augmentations are drawn.
         atlases: labelled scans at most whose labels are carried to others by registration too. The segmenter then
             holds these scans, on a coarser grid; none that turns out to count for nothing (`make_atlases`; with
@@ -255,6 +261,7 @@ def adapt_support(
     *,
     start: Segmenter | None = None,
     atlases: int = ATLASES,
+    repaint: float = 0.0,
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
     progress: Callable[[int, int, float], None] | None = None,
@@ -264,6 +271,8 @@ def adapt_support(
     From `OVERVIEW_FROM` steps on, an overview is learned with half of them and of the minutes, of half as many patches.
     `start` is a segmenter of the same classes on the same grids to go on from: then there is one if that has one. For
     self-training it is what was fine-tuned on the labelled scans with the same budget and seed, atlases included.
+    `repaint` is the share of patches whose structures each get another brightness (`draw_brightness`); self-training
+    has its own.
     """
     if method == "self_training":
         return _self_train(model, task, support, budget, seed, start, atlases, device, precision, progress)
@@ -273,7 +282,7 @@ def adapt_support(
         begin = before.state if before else None
         several = len(task.labelled.patients) >= SEVERAL
         mixed = MIXED if (before or several) and support.preprocess.thick else 0.0
-        state = adapt_prepared(model.learner, view, method, part, seed, device, precision, told, begin, mixed)
+        state = adapt_prepared(model.learner, view, method, part, seed, device, precision, told, begin, mixed, repaint)
         return make_segmenter(model, task, view, state, {})
 
     made = make_atlases(support, atlases)
@@ -317,10 +326,12 @@ def adapt_prepared(
     progress: Callable[[int, int, float], None] | None = None,
     begin: State | None = None,
     mixed: float = 0.0,
+    repaint: float = 0.0,
 ) -> State:
     """What `learner` learns from prepared scans on one grid, from `begin` on. Arguments as of `adapt_support`.
 
-    `mixed` is the share of the steps whose patches have a box of another patch in them.
+    `mixed` is the share of the steps whose patches have a box of another patch in them, `repaint` that of the patches
+    whose structures get another brightness.
     """
     learner = learner.to(device).eval()
     if method == "inner":
@@ -349,8 +360,9 @@ def adapt_prepared(
         preprocess.spacing,
         preprocess.modality,
         strength=STRENGTH,
-        recontrast=RECONTRAST / patients,
         bend=BEND / patients,
+        repaint=repaint,
+        recontrast=RECONTRAST / patients,
     )
     peak = budget.rate * RATES.get(method, 1.0)
     head_rate, balance = HEAD_RATE, BALANCE
@@ -418,37 +430,48 @@ def _self_train(
 
     The minutes of the budget are those of all of it.
 
+    With 1 or 2 labelled MR scans there are two networks to go on from, see `REPAINT`.
+
     Pseudo-labels (Lee 2013) under strong augmentation (Xie 2020, "Self-training with noisy student"). Both grids learn
     from what they make together. Every other patch of the rounds is of a labelled scan.
     """
-    rounds = FEW_ROUNDS if len(task.labelled.patients) < 3 else ROUNDS
-    ends = [round(budget.steps * (1 + MORE * number)) for number in range(rounds + 1)]
-    parts = [end - before for before, end in zip([0, *ends], ends, strict=False)]
+    few = len(task.labelled.patients) < 3
+    # Of CT, HU say how bright an organ is.
+    starts = 1 if not few or support.preprocess.modality == "CT" else 2
+    ends = [round(budget.steps * MORE * number) for number in range((FEW_ROUNDS if few else ROUNDS) + 1)]
+    parts = [budget.steps] * starts + [end - before for before, end in itertools.pairwise(ends)]
     where = Where(device=device, precision=precision)
     started = time.monotonic()
     carried: dict[str, Layer | None] = {}
 
-    def learn(number: int, scans: StoredTask, before: Segmenter | None) -> Segmenter:
+    def learn(number: int, scans: StoredTask, before: Segmenter | None, **options: Any) -> Segmenter:
         minutes = None
         if budget.minutes is not None:
             left = budget.minutes - (time.monotonic() - started) / 60.0
             minutes = max(left * parts[number] / max(1, sum(parts[number:])), 1e-6)
         part = replace(budget, steps=parts[number], minutes=minutes)
         told = _told_from(progress, sum(parts[:number]), sum(parts))
-        kept = 0 if before else atlases
+        turn = seed + max(0, number - starts + 1)
         return adapt_support(
-            model, task, scans, "finetune", part, seed + number, start=before, atlases=kept, progress=told, **where
+            model, task, scans, "finetune", part, turn, start=before, progress=told, **where, **options
         )
 
-    segmenter = start or learn(0, support, None)
-    for number in range(1, len(parts)):
-        # Poses are for a network that knows few of them; after the first round it knows those of the unlabelled scans.
-        scans = with_pseudo_labels(segmenter, task, support, carried, rotations=number == 1, **where)
-        made = learn(number, scans, segmenter)
+    tried = [start or learn(0, support, None, atlases=atlases)]
+    if starts > 1:
+        tried.append(replace(learn(1, support, None, atlases=0, repaint=REPAINT), atlases=tried[0].atlases))
+    # Poses are for a network that knows few of them; after the first round it knows those of the unlabelled scans.
+    guesses = [with_pseudo_labels(each, task, support, carried, rotations=True, **where) for each in tried]
+    best = 1 if starts > 1 and guesses[1][1] > guesses[0][1] + SURER else 0
+    segmenter, scans = tried[best], guesses[best][0]
+    card = segmenter.card | ({"repainted": best > 0} if starts > 1 else {})
+    for number in range(starts, len(parts)):
+        if number > starts:
+            scans, _ = with_pseudo_labels(segmenter, task, support, carried, rotations=False, **where)
+        made = learn(number, scans, segmenter, atlases=0)
         segmenter = replace(segmenter, state=made.state, overview=made.overview)
     if not any(layer is not None and layer.share > 0.0 for layer in carried.values()):
         segmenter = replace(segmenter, atlases=())
-    return segmenter
+    return replace(segmenter, card=card)
 
 
 def _to_cpu(state: State) -> State:

@@ -504,6 +504,8 @@ def _describe_adaptation(card: Mapping[str, Any]) -> None:
     chosen = card["method"]
     if "unlabelled" in card:
         _line(f"Learned from {card['unlabelled']['scans']} unlabelled scans too.")
+        if card.get("repainted"):
+            _line("There, the network is surer that was shown organs of any brightness: those labelled may be unusual.")
         for reason in card["unlabelled"]["unusable"]:
             _line(f"Not usable: {reason}")
     if "left_out" not in card:

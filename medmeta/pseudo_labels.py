@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from medmeta.segmenter import Segmenter
 
 def with_pseudo_labels(
     segmenter: Segmenter, task: Task, support: StoredTask, carried: dict[str, Layer | None], **options: Any
-) -> StoredTask:
+) -> tuple[StoredTask, float]:
     """A support with its unlabelled scans among the labelled ones, each labelled as `segmenter` labels it.
 
     Each grid of the support gets what `Segmenter.predict` makes of a scan: the labels whose expected Dice is best, not
@@ -30,15 +31,20 @@ def with_pseudo_labels(
         options: as of `Segmenter.predict`.
 
     Returns:
-        Every other scan is a labelled one; the shorter row begins again until the longer one ends.
+        Every other scan is a labelled one; the shorter row begins again until the longer one ends. And the Dice that
+        the network expects of its labels, a mean over scans and structures; one that is not found counts 0, or a
+        network that is blind to it would seem sure.
     """
     cases = {case.id: case for case in task.cases}
     guessed: list[list[StoredCase]] = [[] for _ in support.views]
+    expected: list[float] = []
     for number, stored in enumerate(support.unlabelled):
         scan = read_scan(task, cases[stored.id])
         if stored.id not in carried:
             carried[stored.id] = segmenter.carry(scan)
         made = segmenter.predict(scan, carried=carried[stored.id], **options)
+        found = set(made.data.unique().tolist())
+        expected += [dice * bool(found & set(task.targets[name])) for name, dice in made.certainty.items()]
         mask = torch.zeros_like(made.data, dtype=torch.long)
         for label, value in enumerate(segmenter.labels, start=1):
             mask[made.data == value] = label
@@ -47,7 +53,8 @@ def with_pseudo_labels(
             places = find_places(working, support.classes)
             others.append(replace(view.unlabelled[number], mask=working, places=places))
     views = zip(support.views, guessed, strict=True)
-    return StoredTask.of_views(replace(view, cases=_alternating(view.cases, made)) for view, made in views)
+    both = StoredTask.of_views(replace(view, cases=_alternating(view.cases, made)) for view, made in views)
+    return both, fmean(expected)
 
 
 def _alternating(labelled: Sequence[StoredCase], guessed: Sequence[StoredCase]) -> tuple[StoredCase, ...]:

@@ -17,6 +17,7 @@ from medmeta.adaptation import (
     FEW_ROUNDS,
     METHODS,
     REHEARSAL,
+    REPAINT,
     ROUNDS,
     Budget,
     adapt,
@@ -422,6 +423,7 @@ def test_auto_learns_from_unlabelled_scans_where_there_are_some(scans, task):
     segmenter = adapt_to(tiny_model(), scans, budget=Budget(steps=7), progress=lambda *given: told.append(given[:2]))
     assert (segmenter.card["method"], segmenter.card["unlabelled"]) == ("self_training", {"scans": 1, "unusable": []})
     assert told == [(step, 14) for step in range(1, 15)]
+    assert len(segmenter.atlases) == 2, "of the labelled scans"
     assert not same(segmenter.state, adapt_to(tiny_model(), task, budget=Budget(steps=7)).state)
     limited = adapt_to(tiny_model(), scans, budget=Budget(steps=10**9, minutes=0.01))
     assert finite(limited.state)
@@ -443,49 +445,57 @@ def test_an_unusable_unlabelled_scan_stops_nothing_and_is_named(scans, task, tmp
         adapt_to(tiny_model(), task, method="self_training", budget=Budget(steps=1))
 
 
-def test_self_training_goes_on_from_what_it_learned_with_the_labels_that_gives(scans, monkeypatch):
+@pytest.mark.parametrize("surest", [0, 1])
+def test_self_training_goes_on_from_what_is_surest_with_the_labels_that_gives(scans, monkeypatch, surest):
     import medmeta.adaptation as module
 
+    scans = replace(scans, modality="MR")
     support, _ = with_unlabelled(prepare_support(scans, 16**3, stride=2), scans, seed=0)
     calls, labelled_by = [], []
     fit, label = module.adapt_prepared, module.with_pseudo_labels
 
     def noted(learner, view, *rest):
-        calls.append((view, rest[-2], fit(learner, view, *rest)))
-        return calls[-1][2]
+        *_, begin, _, repaint = rest
+        calls.append((view, repaint, begin, fit(learner, view, *rest)))
+        return calls[-1][-1]
 
     def labelled(segmenter, *rest, **options):
         labelled_by.append(segmenter.state)
-        return label(segmenter, *rest, **options)
+        return label(segmenter, *rest, **options)[0], float(len(labelled_by) == surest + 1)
 
     monkeypatch.setattr(module, "adapt_prepared", noted)
     monkeypatch.setattr(module, "with_pseudo_labels", labelled)
     made = adapt_support(tiny_model(), scans, support, "self_training", Budget(steps=12))
     rounds = [4, 4] * FEW_ROUNDS
-    assert [len(view.cases) for view, *_ in calls] == [2, 2, *rounds], "every second patch is of a labelled scan"
-    assert [begin for _, begin, _ in calls[:2]] == [None, None]
-    for (*_, before), (_, begin, _) in zip(calls, calls[2:], strict=False):
+    assert [len(view.cases) for view, *_ in calls] == [2] * 4 + rounds, "every second patch is of a labelled scan"
+    assert [repaint for _, repaint, *_ in calls] == [0.0, 0.0, REPAINT, REPAINT, *[0.0] * len(rounds)]
+    assert [begin for *_, begin, _ in calls[:4]] == [None] * 4
+    chain = calls[2 * surest : 2 * surest + 2] + calls[4:]
+    for (*_, before), (*_, begin, _) in zip(chain, chain[2:], strict=False):
         assert same(begin, before), "each grid goes on from its own weights"
-    assert len(labelled_by) == FEW_ROUNDS
-    assert all(same(state, calls[2 * number][2]) for number, state in enumerate(labelled_by))
-    assert same(made.state, calls[-2][2])
-    assert same(made.overview.state, calls[-1][2])
+    assert len(labelled_by) == 1 + FEW_ROUNDS
+    labelling = [calls[0], calls[2], *chain[2:-2:2]]
+    assert all(same(state, call[-1]) for state, call in zip(labelled_by, labelling, strict=True))
+    assert same(made.state, calls[-2][-1])
+    assert same(made.overview.state, calls[-1][-1])
     assert made.card["support_scans"] == 2
-    assert len(made.atlases) == 2, "of the labelled scans"
+    assert made.card["repainted"] == bool(surest)
 
 
 def test_fewer_rounds_where_there_are_more_labelled_scans(scans, three, monkeypatch):
     import medmeta.adaptation as module
 
     steps = []
-    monkeypatch.setattr(module, "adapt_prepared", lambda *given: steps.append(given[3].steps) or given[-2] or start)
-    monkeypatch.setattr(module, "with_pseudo_labels", lambda _segmenter, _task, support, *_, **__: support)
+    monkeypatch.setattr(module, "adapt_prepared", lambda *given: steps.append(given[3].steps) or given[-3] or start)
+    monkeypatch.setattr(module, "with_pseudo_labels", lambda _segmenter, _task, support, *_, **__: (support, 0.5))
     start = dict(tiny_model().learner.start(1, 2))
-    for labelled, rounds in ((scans, FEW_ROUNDS), (three, ROUNDS)):
+    ways = [(scans, "MR", 2, FEW_ROUNDS), (scans, "CT", 1, FEW_ROUNDS), (three, "MR", 1, ROUNDS)]
+    for labelled, modality, starts, rounds in ways:
         steps.clear()
-        whole = replace(scans, cases=(*labelled.labelled.cases, scans.cases[-1]))
-        adapt_to(tiny_model(), whole, method="self_training", budget=Budget(steps=60), atlases=0)
-        assert steps == [30, 30, *[5, 5] * rounds]
+        whole = replace(scans, cases=(*labelled.labelled.cases, scans.cases[-1]), modality=modality)
+        card = adapt_to(tiny_model(), whole, method="self_training", budget=Budget(steps=60), atlases=0).card
+        assert steps == [30, 30] * starts + [5, 5] * rounds
+        assert ("repainted" in card) == (starts == 2), "brightness is known in CT, and of three scans"
 
 
 def test_a_single_labelled_scan_is_no_atlas_where_no_unlabelled_scan_is_like_it(tmp_path):

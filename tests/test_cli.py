@@ -128,6 +128,21 @@ def test_adapt_with_unlabelled_scans(medmeta_command, model, support, tmp_path):
     assert "Learned from 2 unlabelled scans too." in run.out
     assert "text.nii.gz" in run.out
     assert load(tmp_path / "organ").card["method"] == "self_training"
+    assert "any brightness" not in run.out
+
+
+@pytest.mark.parametrize(("more", "said"), [(-1.0, True), (1.0, False)])
+def test_adapt_says_that_labelled_organs_may_be_of_unusual_brightness(
+    medmeta_command, model, support, tmp_path, monkeypatch, more, said
+):
+    monkeypatch.setattr("medmeta.adaptation.SURER", more)
+    write_pairs(tmp_path / "more", cases=(2, 3))
+    run = medmeta_command(
+        "adapt", model, "--images", support / "images", "--labels", support / "labels", "--out", tmp_path / "organ",
+        "--unlabelled", tmp_path / "more" / "images", "--steps", 3, "--modality", "MR",
+    )  # fmt: skip
+    assert run.code == 0
+    assert ("any brightness" in run.out) == said
 
 
 def test_adapt_takes_as_many_steps_and_atlases_as_the_api(medmeta_command):

@@ -14,6 +14,7 @@ from medmeta.data.store import prepare
 from medmeta.data.tasks import Case
 from medmeta.data.volume import write_volume
 from medmeta.pseudo_labels import with_pseudo_labels
+from medmeta.segmenter import Segmentation
 from medmeta.support import prepare_support, support_task, with_unlabelled
 
 
@@ -38,7 +39,8 @@ def knowing(task, support, asked):
 
     def predict(scan, **options):
         asked.append(options)
-        return next(truth for image, truth in truths if torch.equal(image.data, scan.data))
+        truth = next(truth for image, truth in truths if torch.equal(image.data, scan.data))
+        return Segmentation(truth.data, truth.affine, {"b": 0.9, "a": 0.5})
 
     return SimpleNamespace(labels=labels, predict=predict, carry=lambda scan: scan.shape)
 
@@ -48,13 +50,14 @@ def test_what_is_right_is_taught_as_if_it_had_been_labelled(labelled, count):
     task, support = hidden(labelled, count)
     asked = []
     carried = {support.unlabelled[0].id: "known"}
-    taught = with_pseudo_labels(knowing(task, support, asked), task, support, carried, overlap=0.5)
+    taught, expected = with_pseudo_labels(knowing(task, support, asked), task, support, carried, overlap=0.5)
     shapes = [truth.shape for number in range(5) for _, truth in [phantom(2, number)]]
     assert [each.pop("carried") for each in asked] == list(carried.values())
     assert carried.keys() == {case.id for case in support.unlabelled}
     assert set(carried.values()) <= {"known", *shapes}
     assert carried[support.unlabelled[0].id] == "known"
     assert asked == [{"overlap": 0.5}] * (5 - count)
+    assert expected == pytest.approx(0.7)
     assert len(taught.views) == len(support.views) == 2
     for view in taught.views:
         assert len(view.cases) == 2 * max(count, 5 - count)
@@ -81,10 +84,22 @@ def test_the_labels_are_brought_to_each_grid_from_that_of_the_scan(labelled, tmp
     task, _ = hidden(labelled, 2)
     task = replace(task, cases=(*task.cases[:2], Case("turned", "turned", (tmp_path / "turned.nii.gz",), None)))
     support, _ = with_unlabelled(prepare_support(task, 16**3, stride=2), task, seed=0)
-    segmenter = SimpleNamespace(labels=(2, 1), predict=lambda scan, carried: like(scan, truth.data.flip(3)))
+    found = Segmentation(truth.data.flip(3), turned.affine, {"b": 0.9, "a": 0.5})
+    segmenter = SimpleNamespace(labels=(2, 1), predict=lambda scan, carried: found)
     segmenter.carry = lambda scan: None
-    taught = with_pseudo_labels(segmenter, task, support, {})
+    taught, _ = with_pseudo_labels(segmenter, task, support, {})
     straight = prepare(labelled, labelled.cases[4], support.preprocess)
     made = next(case for case in taught.cases if case.id == "turned")
     assert (made.mask == straight.mask).mean() > 0.999
     assert set(np.unique(made.mask)) == {0, 1, 2}
+
+
+def test_a_structure_that_is_not_found_is_nothing_to_be_sure_of(labelled):
+    task, support = hidden(labelled, 4)
+    scan, truth = phantom(2, 4)
+    segmenter = SimpleNamespace(labels=(2, 1), carry=lambda scan: None)
+    for kept, expected in (([1, 2], 0.95), ([1], 0.5), ([2], 0.45), ([], 0.0)):
+        data = torch.where(torch.isin(truth.data, torch.tensor(kept)), truth.data, 0)
+        found = Segmentation(data, scan.affine, {"b": 0.9, "a": 1.0})
+        segmenter.predict = lambda scan, carried, found=found: found
+        assert with_pseudo_labels(segmenter, task, support, {})[1] == pytest.approx(expected)

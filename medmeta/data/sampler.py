@@ -19,6 +19,9 @@ FOREGROUND = 0.75
 FURTHEST, NODES = 0.1, 4
 """Of an elastic deformation, see `Augment`."""
 
+FADE = 0.7
+"""Standard deviation, voxels, of the border of a structure of another brightness, see `draw_brightness`."""
+
 PASTED = 2 / 3
 """Share of every side of a patch that `copy_paste` replaces."""
 
@@ -73,6 +76,29 @@ def draw_contrast(image: Tensor, rng: np.random.Generator) -> Tensor:
     return torch.stack(made)
 
 
+def draw_brightness(image: Tensor, mask: Tensor, rng: np.random.Generator) -> Tensor:
+    """Give each structure of an image a brightness of its own, as disease would: iron makes a bright spleen dark.
+
+    In each channel its mean becomes anything between the 1st and 99th percentile of the image, its texture stays, and
+    its border fades over about a voxel. The brightness of structures is drawn in Billot 2023 ("SynthSeg", section 3.2).
+
+    Args:
+        image: (C, *S).
+        mask: (*S), of which 1..K are structures.
+        rng: the only source of randomness.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    places = [mask == label for label in mask.unique().tolist() if label > 0]
+    shares = [torch.from_numpy(gaussian_filter(place.float().numpy(), FADE)) for place in places]
+    made = image.clone()
+    for channel, given in zip(made, image, strict=True):
+        low, high = np.quantile(given.numpy(), [0.01, 0.99])
+        for place, share in zip(places, shares, strict=True):
+            channel += share * (float(rng.uniform(low, high)) - float(given[place].mean()))
+    return made
+
+
 def copy_paste(
     patches: Sequence[tuple[Tensor, Tensor]], others: Sequence[tuple[Tensor, Tensor]], rng: np.random.Generator
 ) -> list[tuple[Tensor, Tensor]]:
@@ -110,8 +136,10 @@ class Augment:
         spacing: voxel size in mm, so that a rotation in mm stays one where slices are thick.
         modality: "CT" or "MR".
         strength: factor on rotation, scale and, for MR, gain and offset.
-        recontrast: share of patches whose contrast becomes another, see `draw_contrast`; none for CT, where HU mean
-            the same in every scan.
+        bend: share of patches that are deformed elastically.
+        repaint: share of patches whose structures each get another brightness, see `draw_brightness`; none for CT,
+            where HU mean the same in every scan.
+        recontrast: share of patches whose contrast becomes another, see `draw_contrast`; none for CT.
     """
 
     def __init__(
@@ -121,8 +149,9 @@ class Augment:
         modality: str,
         *,
         strength: float = 1.0,
-        recontrast: float = 0.0,
         bend: float = 0.0,
+        repaint: float = 0.0,
+        recontrast: float = 0.0,
     ) -> None:
         from monai.transforms import (
             Compose,
@@ -179,7 +208,7 @@ class Augment:
         if modality != "CT":
             steps.append(RandBiasFieldd("image", prob=0.3, degree=3, coeff_range=(0.0, 0.2)))
         self._compose = Compose(steps)
-        self._recontrast = recontrast if modality != "CT" else 0.0
+        self._repaint, self._recontrast = (repaint, recontrast) if modality != "CT" else (0.0, 0.0)
 
     def __call__(self, image: Tensor, mask: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Image (C, *S) and mask (*S), augmented alike."""
@@ -187,9 +216,12 @@ class Augment:
         # Shifted by one, so that what comes in from outside the patch (0) is ignored, not background.
         made = self._compose({"image": image, "mask": (mask + 1).float().unsqueeze(0)})
         image, mask = (torch.as_tensor(made[key]).as_subclass(Tensor) for key in ("image", "mask"))
+        labels = mask[0].round().long() - 1
+        if self._repaint and rng.random() < self._repaint:
+            image = draw_brightness(image, labels, rng)
         if self._recontrast and rng.random() < self._recontrast:
             image = draw_contrast(image, rng)
-        return image.float().contiguous(), mask[0].round().long() - 1
+        return image.float().contiguous(), labels
 
 
 @dataclass(frozen=True)

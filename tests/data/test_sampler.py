@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from medmeta.data.preprocess import Preprocess
-from medmeta.data.sampler import FOREGROUND, FURTHEST, Augment, EpisodeSampler, copy_paste, draw_contrast, draw_patch
+from medmeta.data.sampler import (
+    FOREGROUND,
+    FURTHEST,
+    Augment,
+    EpisodeSampler,
+    copy_paste,
+    draw_brightness,
+    draw_contrast,
+    draw_patch,
+)
 from medmeta.data.store import StoredCase, StoredTask, find_places, fit_preprocess, prepare
 from medmeta.data.tasks import load_task
 from medmeta.episode import IGNORED, Episode
@@ -369,12 +378,32 @@ def test_another_contrast_is_a_map_of_intensities_of_each_channel():
     assert torch.equal(draw_contrast(flat, np.random.default_rng(0)), flat)
 
 
-def test_contrast_is_changed_as_often_as_asked_and_never_in_ct():
+def test_each_structure_gets_a_brightness_of_its_own_and_keeps_its_texture():
+    image = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 24, 24, 24)).astype(np.float32))
+    mask = torch.zeros(24, 24, 24, dtype=torch.long)
+    mask[2:12, 2:12, 2:12], mask[14:23, 14:23, 14:23], mask[:, :, -1] = 1, 2, -1
+    given, levels = image.clone(), []
+    for seed in range(20):
+        moved = draw_brightness(image, mask, np.random.default_rng(seed)) - image
+        # Far from every border; 3 voxels are more than four deviations of the fade.
+        shifts = torch.stack([moved[:, 5:8, 5:8, 5:8].flatten(1), moved[:, 17:20, 17:20, 17:20].flatten(1)])
+        assert float((shifts - shifts[..., :1]).abs().max()) < 1e-4, "the texture stays"
+        assert float(moved[:, 15:, :8].abs().max()) < 1e-6, "what is around stays"
+        assert shifts[..., 0].unique().numel() == 4, "each structure, each channel"
+        levels.append(float(shifts[0, 0, 0] + image[0, 2:12, 2:12, 2:12].mean()))
+    low, high = np.quantile(image[0], [0.01, 0.99])
+    assert low - 1e-4 <= min(levels) < -1 and 1 < max(levels) <= high + 1e-4, "of what the image shows"
+    assert torch.equal(image, given)
+    assert torch.equal(draw_brightness(image, mask * 0, np.random.default_rng(0)), image)
+
+
+@pytest.mark.parametrize("change", ["recontrast", "repaint"])
+def test_contrast_is_changed_as_often_as_asked_and_never_in_ct(change):
     image, mask = torch.randn(1, 16, 16, 16), torch.ones(16, 16, 16, dtype=torch.long)
     changed = {}
     for modality, share in (("MR", 0.0), ("MR", 0.4), ("CT", 1.0)):
         plain = Augment((16, 16, 16), (1.0, 1.0, 1.0), modality)
-        other = Augment((16, 16, 16), (1.0, 1.0, 1.0), modality, recontrast=share)
+        other = Augment((16, 16, 16), (1.0, 1.0, 1.0), modality, **{change: share})
         pairs = [
             (plain(image, mask, np.random.default_rng(n)), other(image, mask, np.random.default_rng(n)))
             for n in range(60)
