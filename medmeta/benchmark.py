@@ -143,11 +143,11 @@ def compare(
             where = Where(device=device, precision=precision)
             first = "finetune" if method == "self_training" else method
             segmenter = _adapted(adapted, name, model, support_task.labelled, support, first, budget, draw, where)
-            started = time.perf_counter()
+            seconds, started = segmenter.card["seconds"], time.perf_counter()
             segmenter = replace(segmenter, atlases=make_atlases(support, trial.atlases))
             if method == "self_training":
                 segmenter = adapt_support(model, support_task, support, method, budget, draw, start=segmenter, **where)
-            seconds = segmenter.card["seconds"] + time.perf_counter() - started
+            seconds += time.perf_counter() - started
             segmenter = replace(segmenter, best_dice=trial.best_dice)
             scores = [score_case(segmenter, task, case, trial.tolerance_mm, **where) for case in test.cases]
             result = {"arm": name, "shots": shots, "draw": draw, "method": method, "steps": steps}

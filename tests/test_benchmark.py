@@ -55,9 +55,12 @@ def test_supports_never_hold_a_test_patient_and_larger_ones_hold_smaller(task):
         draw_supports(task, Trial(test_patients=4))
 
 
-def test_self_training_sees_no_test_scan_and_no_label_of_another(task, arms, tmp_path, monkeypatch):
+@pytest.mark.parametrize("surer", [-1.0, 1.0])
+def test_self_training_sees_no_test_scan_and_no_label_of_another(task, arms, tmp_path, monkeypatch, surer):
     import medmeta.benchmark as module
 
+    monkeypatch.setattr("medmeta.adaptation.SURER", surer)  # whether the second of both networks goes on
+    task = replace(task, modality="MR")
     given = []
     look = module.with_unlabelled
     monkeypatch.setattr(module, "with_unlabelled", lambda *call: given.append(call[1]) or look(*call))
@@ -67,6 +70,7 @@ def test_self_training_sees_no_test_scan_and_no_label_of_another(task, arms, tmp
     assert all(case.labels is None for case in hidden.cases)
     seen = {case.id for case in hidden.cases} | set(result["support"])
     assert len(seen) == 3
+    assert result["adapt_seconds"] > 0
     assert not seen & {case["case"] for case in result["cases"]}
 
 
