@@ -91,7 +91,7 @@ steps from the second number of labelled patients on, with fewer of those on unl
 REPAINT, SURER = 0.5, 0.02
 """Where 1 or 2 MR scans are labelled, self-training fine-tunes a second network with structures of another brightness
 in this share of the patches, since disease may have made the labelled organs dark. It takes the place of the first
-where it expects so much more Dice of what it finds in the unlabelled scans."""
+where it expects so much more Dice of what it finds in the unlabelled scans, and goes on in the same way."""
 
 MORE, ROUNDS, FEW_ROUNDS = 1 / 6, 3, 6
 """Self-training adds rounds of this share of the steps, in each of which the unlabelled scans are labelled and learned
@@ -467,7 +467,7 @@ def _self_train(
     for number in range(starts, len(parts)):
         if number > starts:
             scans, _ = with_pseudo_labels(segmenter, task, support, carried, rotations=False, **where)
-        made = learn(number, scans, segmenter, atlases=0)
+        made = learn(number, scans, segmenter, atlases=0, repaint=REPAINT * best)
         segmenter = replace(segmenter, state=made.state, overview=made.overview)
     if not any(layer is not None and layer.share > 0.0 for layer in carried.values()):
         segmenter = replace(segmenter, atlases=())

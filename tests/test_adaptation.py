@@ -468,7 +468,8 @@ def test_self_training_goes_on_from_what_is_surest_with_the_labels_that_gives(sc
     made = adapt_support(tiny_model(), scans, support, "self_training", Budget(steps=12))
     rounds = [4, 4] * FEW_ROUNDS
     assert [len(view.cases) for view, *_ in calls] == [2] * 4 + rounds, "every second patch is of a labelled scan"
-    assert [repaint for _, repaint, *_ in calls] == [0.0, 0.0, REPAINT, REPAINT, *[0.0] * len(rounds)]
+    goes_on = [surest * REPAINT] * len(rounds)
+    assert [repaint for _, repaint, *_ in calls] == [0.0, 0.0, REPAINT, REPAINT, *goes_on]
     assert [begin for *_, begin, _ in calls[:4]] == [None] * 4
     chain = calls[2 * surest : 2 * surest + 2] + calls[4:]
     for (*_, before), (*_, begin, _) in zip(chain, chain[2:], strict=False):
