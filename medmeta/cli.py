@@ -505,7 +505,9 @@ def _describe_adaptation(card: Mapping[str, Any]) -> None:
     if "unlabelled" in card:
         _line(f"Learned from {card['unlabelled']['scans']} unlabelled scans too.")
         if card.get("repainted"):
-            _line("There, the network is surer that was shown organs of any brightness: those labelled may be unusual.")
+            _line(
+                "The labelled organs may be unusually bright or dark: a network shown any brightness was surer there."
+            )
         for reason in card["unlabelled"]["unusable"]:
             _line(f"Not usable: {reason}")
     if "left_out" not in card:
