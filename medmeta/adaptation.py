@@ -463,7 +463,8 @@ def _self_train(
     guesses = [with_pseudo_labels(each, task, support, carried, rotations=True, **where) for each in tried]
     best = 1 if starts > 1 and guesses[1][1] > guesses[0][1] + SURER else 0
     segmenter, scans = tried[best], guesses[best][0]
-    card = segmenter.card | ({"repainted": best > 0} if starts > 1 else {})
+    if starts > 1:
+        segmenter = replace(segmenter, card=segmenter.card | {"repainted": best > 0})
     for number in range(starts, len(parts)):
         if number > starts:
             scans, _ = with_pseudo_labels(segmenter, task, support, carried, rotations=False, **where)
@@ -471,7 +472,7 @@ def _self_train(
         segmenter = replace(segmenter, state=made.state, overview=made.overview)
     if not any(layer is not None and layer.share > 0.0 for layer in carried.values()):
         segmenter = replace(segmenter, atlases=())
-    return replace(segmenter, card=card)
+    return segmenter
 
 
 def _to_cpu(state: State) -> State:

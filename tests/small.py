@@ -33,6 +33,11 @@ def tiny_2d(learner: str = "fomaml") -> Model:
     return tiny_model(learner, "scse_unet_2d", encoder_depth=3, decoder_channels=(32, 16, 16))
 
 
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two states are equal to the last bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 @cache
 def phantom(index: int, case: int) -> tuple[Volume, Volume]:
     """Scan and labels of a 60 mm phantom: 2 is CT with two structures in thick slices, 1 is MR with one."""

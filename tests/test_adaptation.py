@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import like, phantom, tiny_2d, tiny_model, write_pairs
+from small import like, phantom, same, tiny_2d, tiny_model, write_pairs
 
 from medmeta.adaptation import (
     CANDIDATES,
@@ -53,10 +53,6 @@ def scans(task, tmp_path_factory) -> Task:
     scan = tmp_path_factory.mktemp("unlabelled") / "new.nii.gz"
     write_volume(phantom(2, 2)[0], scan)
     return replace(task, cases=(*task.cases, Case("new", "new", (scan,), None)))
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def finite(state: dict[str, torch.Tensor]) -> bool:

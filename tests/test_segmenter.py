@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import TERMS, phantom, tiny_2d, tiny_model, tree, write_pairs
+from small import TERMS, phantom, same, tiny_2d, tiny_model, tree, write_pairs
 
 import medmeta.segmenter as segmenter_module
 from medmeta.adaptation import Budget, adapt
@@ -52,10 +52,6 @@ def segmenter(support, overview_from_the_first_step) -> Segmenter:
 def saved(segmenter, tmp_path) -> Path:
     segmenter.save(tmp_path / "model")
     return tmp_path / "model"
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_an_adapted_model_loads_as_it_was_saved(segmenter, saved):
