@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
+from small import same
 
 from medmeta.data.phantoms import write_phantoms
 from medmeta.data.tasks import load_task
@@ -34,10 +34,6 @@ def recipe(tasks):
 
 def weights(model):
     return model.learner.state_dict()
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_phases_run_in_order_and_the_card_tells_what_was_done(recipe, tmp_path):

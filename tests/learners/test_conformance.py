@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from small import same
 from torch import Tensor
 from torch.nn import functional
 
@@ -107,10 +108,6 @@ def gradients(learner: MetaLearner, episode: Episode) -> dict[str, Tensor | None
 
 def state_of(learner: MetaLearner) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in learner.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("classes", TASKS.values())
