@@ -20,8 +20,9 @@ from medmeta.episode import Examples, State
 from medmeta.errors import InputError
 from medmeta.inference import Layer
 from medmeta.learners import MetaLearner
+from medmeta.learners.sliced import Sliced
 from medmeta.losses import dice_cross_entropy
-from medmeta.networks import build_network
+from medmeta.networks import build_network, can_be_sliced
 from medmeta.postprocess import one_piece
 from medmeta.pseudo_labels import with_pseudo_labels
 from medmeta.registration import ATLASES, make_atlases
@@ -80,6 +81,9 @@ BEND = 0.8
 
 OVERVIEW_SHARE, FEW_SHARE = 1 / 3, 1 / 2
 """Weight of the overview's probabilities; the second with 1 and 2 scans, which teach places before borders."""
+
+SLICES = 6
+"""Single slices of one step, for each patch of it: they come from as many scans."""
 
 OVERVIEW_FROM = 200
 """Steps from which on an overview is learned too; fewer are all for the finer grid."""
@@ -180,7 +184,7 @@ def adapt_to(
         raise ValueError(f"method {method!r}; required: one of auto, {', '.join(METHODS)}")
     model = as_model(model)
     budget = budget or Budget(usual_steps(len(task.labelled.patients)))
-    support = prepare_support(task, model.voxels, stride=model.learner.net.stride)
+    support = prepare_for(model, task)
     require_targets(task, support)
     where = Where(device=device, precision=precision)
     started = time.monotonic()
@@ -251,6 +255,12 @@ def adapt(
     return adapt_to(model, task, **options)
 
 
+def prepare_for(model: Model, task: Task) -> StoredTask:
+    """The labelled scans of a task on the grids on which `model` is to learn from them."""
+    net = model.learner.net
+    return prepare_support(task, model.voxels, stride=net.stride, sliced=can_be_sliced(net))
+
+
 def adapt_support(
     model: Model,
     task: Task,
@@ -281,21 +291,30 @@ def adapt_support(
         told = _told_from(progress, done, budget.steps)
         begin = before.state if before else None
         several = len(task.labelled.patients) >= SEVERAL
-        mixed = MIXED if (before or several) and support.preprocess.thick else 0.0
-        state = adapt_prepared(model.learner, view, method, part, seed, device, precision, told, begin, mixed, repaint)
+        mixed = MIXED if (before or several) and support.preprocess.thick and not view.sliced else 0.0
+        learner = Sliced(model.learner, view.preprocess.across) if view.sliced else model.learner
+        state = adapt_prepared(learner, view, method, part, seed, device, precision, told, begin, mixed, repaint)
         return make_segmenter(model, task, view, state, {})
 
     made = make_atlases(support, atlases)
-    alone = start.overview is None if start else method != "inner" and budget.steps < OVERVIEW_FROM
-    if support.overview is None or alone:
-        return replace(learn(support, budget, 0, start), atlases=made)
+    views = support.views
+    alone = len(start.views) == 1 if start else method != "inner" and budget.steps < OVERVIEW_FROM
+    if support.sliced and (alone or method == "inner"):
+        # The learner's own rule knows volumes alone.
+        views = views[1:]
+    elif alone:
+        views = views[:1]
+    if len(views) == 1:
+        return replace(learn(views[0], budget, 0, start), atlases=made)
     half = replace(budget, steps=budget.steps // 2, minutes=budget.minutes and budget.minutes / 2)
     first = replace(half, steps=budget.steps - half.steps)
-    coarse = replace(half, patches=max(1, budget.patches // 2))
-    segmenter = learn(support, first, 0, start)
-    overview = learn(support.overview, coarse, first.steps, start and start.overview)
-    share = FEW_SHARE if len(task.labelled.patients) < 3 else OVERVIEW_SHARE
-    return replace(segmenter, overview=overview, overview_share=share, atlases=made)
+    fewer = replace(half, patches=max(1, budget.patches // 2))
+    own, other = (replace(first, patches=SLICES * budget.patches), half) if support.sliced else (first, fewer)
+    fine, coarse = views
+    segmenter = learn(fine, own, 0, start)
+    overview = learn(coarse, other, own.steps, start and start.overview)
+    few = support.sliced or len(task.labelled.patients) < 3
+    return replace(segmenter, overview=overview, overview_share=FEW_SHARE if few else OVERVIEW_SHARE, atlases=made)
 
 
 def _told_from(
@@ -480,4 +499,4 @@ def _to_cpu(state: State) -> State:
 
 
 def _for_network(learner: MetaLearner, examples: Examples) -> Examples:
-    return examples if learner.net.spatial_dims == 3 else examples.slices()
+    return examples if learner.net.spatial_dims == 3 else examples.slices(learner.net.across)

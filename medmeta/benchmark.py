@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medmeta.adaptation import METHODS, Budget, Where, adapt_support, usual_steps
+from medmeta.adaptation import METHODS, Budget, Where, adapt_support, prepare_for, usual_steps
 from medmeta.data.store import StoredTask
 from medmeta.data.tasks import Task
 from medmeta.errors import InputError
@@ -28,7 +28,7 @@ from medmeta.registration import make_atlases
 from medmeta.report import arm_panels, describe_adaptation, learning_curves
 from medmeta.review import write_comparison
 from medmeta.segmenter import Model, Segmenter, load
-from medmeta.support import prepare_support, with_unlabelled
+from medmeta.support import with_unlabelled
 from medmeta.train import Row, autocast
 
 BASELINE = "transfer"
@@ -132,7 +132,7 @@ def compare(
             model = arms[name]
             support_task = task.of_patients(supports[draw][:shots])
             if (shots, draw) not in prepared:
-                prepared = {(shots, draw): prepare_support(support_task, model.voxels, stride=model.learner.net.stride)}
+                prepared = {(shots, draw): prepare_for(model, support_task)}
             support = prepared[shots, draw]
             if method == "self_training":
                 others = task.of_patients(supports[draw][shots:])

@@ -68,9 +68,10 @@ class Examples:
     def channels(self) -> int:
         return self.image.shape[1]
 
-    def slices(self) -> Examples:
-        """The slices along the last axis, for a 2-D network: (N, C, X, Y, Z) becomes (N*Z, C, X, Y)."""
-        return replace(self, image=self.image.movedim(-1, 1).flatten(0, 1), mask=self.mask.movedim(-1, 1).flatten(0, 1))
+    def slices(self, across: int = 2) -> Examples:
+        """The slices across an axis of X, Y, Z, for a 2-D network: (N, C, X, Y, Z) becomes (N*Z, C, X, Y) with Z."""
+        image, mask = self.image.movedim(2 + across, 1), self.mask.movedim(1 + across, 1)
+        return replace(self, image=image.flatten(0, 1), mask=mask.flatten(0, 1))
 
     def to(self, device: torch.device | str) -> Examples:
         return replace(self, image=self.image.to(device), mask=self.mask.to(device))

@@ -26,6 +26,7 @@ from medmeta.errors import InputError
 if TYPE_CHECKING:
     from medmeta.episode import State
     from medmeta.learners import MetaLearner
+    from medmeta.networks import SegNet
 
 Predictor = Callable[[Tensor], Tensor]
 """Windows (N, C, *patch) -> probabilities (N, 1+K, *patch), float32."""
@@ -58,7 +59,7 @@ LEVEL_STEP = math.sqrt(2.0)
 def torch_predictor(
     learner: MetaLearner, state: State, *, device: torch.device | str = "cpu", precision: torch.dtype = torch.float32
 ) -> Predictor:
-    """The network as it is, on `device`; bfloat16 runs it under autocast. A 2-D network takes the slices along Z."""
+    """The network as it is, on `device`; bfloat16 runs it under autocast. A 2-D network takes slices."""
     device = torch.device(device)
     learner = learner.to(device).eval()
     state = {name: tensor.to(device) for name, tensor in state.items()}
@@ -66,18 +67,19 @@ def torch_predictor(
     @torch.inference_mode()
     def predict(image: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            logits = _by_slices(partial(learner.segment, state=state), image.to(device), learner.net.spatial_dims)
+            logits = _by_slices(partial(learner.segment, state=state), image.to(device), learner.net)
         return logits.float().softmax(dim=1)
 
     return predict
 
 
-def _by_slices(net: Callable[[Tensor], Tensor], image: Tensor, spatial_dims: int) -> Tensor:
-    """Logits (N, 1+K, *patch); a 2-D network takes the slices along Z one by one."""
-    if spatial_dims == 3:
-        return net(image)
-    logits = net(image.movedim(-1, 1).flatten(0, 1))
-    return logits.unflatten(0, (image.shape[0], image.shape[-1])).movedim(1, -1)
+def _by_slices(segment: Callable[[Tensor], Tensor], image: Tensor, net: SegNet) -> Tensor:
+    """Logits (N, 1+K, *patch); a 2-D network takes the slices one by one."""
+    if net.spatial_dims == 3:
+        return segment(image)
+    across = 2 + net.across
+    logits = segment(image.movedim(across, 1).flatten(0, 1))
+    return logits.unflatten(0, (image.shape[0], image.shape[across])).movedim(1, across)
 
 
 def openvino_predictor(
@@ -107,7 +109,7 @@ def openvino_predictor(
 
     class Network(torch.nn.Module):
         def forward(self, image: Tensor) -> Tensor:
-            return _by_slices(net, image, net.spatial_dims).softmax(dim=1)
+            return _by_slices(net, image, net).softmax(dim=1)
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # windows have one shape: its branches may be fixed

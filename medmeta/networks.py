@@ -20,7 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["NETWORKS", "SegNet", "assert_adaptable", "build_network", "scse_unet_2d", "se_unet_3d", "seeded"]
+__all__ = [
+    "NETWORKS",
+    "SegNet",
+    "assert_adaptable",
+    "build_network",
+    "can_be_sliced",
+    "scse_unet_2d",
+    "se_unet_2d",
+    "se_unet_3d",
+    "seeded",
+    "sliced",
+]
 
 
 class SegNet(nn.Module):
@@ -34,6 +45,7 @@ class SegNet(nn.Module):
 
     Attributes:
         spatial_dims: 2 or 3, the number of axes in S.
+        across: axis, 0 to 2, across which a 2-D network takes the slices of a volume: the last, unless it was `sliced`.
         features: F.
         input_weight: name of the input convolution's weight among the parameters of the net.
         head_names, body_names: names of the parameters of either part.
@@ -49,6 +61,7 @@ class SegNet(nn.Module):
             raise ValueError(f"head {head}; required: a 1x1 convolution with bias to 2 logits (background, foreground)")
         self.body, self.head = body, head
         self.stride, self.spatial_dims, self.features = stride, len(head.kernel_size), head.in_channels
+        self.across = 2
         self.input_weight = f"body.{input_weight}"
         shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
         self.head_names = tuple(name for name in shapes if name.startswith("head."))
@@ -196,10 +209,12 @@ def _groups(channels: int) -> int:
     return channels // math.gcd(channels, 8)
 
 
-class _SEUNet3D(nn.Module):
+class _SEUNet(nn.Module):
     """Residual U-Net with squeeze and excitation after every residual unit: (N, 1, *S) to (N, channels[0], *S)."""
 
-    def __init__(self, channels: Sequence[int], se_ratio: int, dropout: float, norm: str, activation: str) -> None:
+    def __init__(
+        self, dimensions: int, channels: Sequence[int], se_ratio: int, dropout: float, norm: str, activation: str
+    ) -> None:
         from monai.networks.blocks import Convolution, ResidualSELayer, ResidualUnit
 
         super().__init__()
@@ -207,17 +222,27 @@ class _SEUNet3D(nn.Module):
 
         def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Module:
             padding = (kernel - 1) // 2
-            return Convolution(3, inputs, outputs, stride, kernel, padding=padding, conv_only=True)
+            return Convolution(dimensions, inputs, outputs, stride, kernel, padding=padding, conv_only=True)
 
         def level(inputs: int, outputs: int, convolutions: int) -> nn.Module:
             groups = {"num_groups": _groups(outputs)} if norm == "group" else {}
             normal = (norm, {"affine": True, **groups})
             drop = dropout or None
             unit = ResidualUnit(
-                3, inputs, outputs, subunits=convolutions, act=act, norm=normal, dropout=drop, dropout_dim=3, bias=False
+                dimensions,
+                inputs,
+                outputs,
+                subunits=convolutions,
+                act=act,
+                norm=normal,
+                dropout=drop,
+                dropout_dim=dimensions,
+                bias=False,
             )
             # MONAI's own ReLU excites without bound and can die for a channel; the sigmoid is the paper's.
-            excite = ResidualSELayer(3, outputs, min(se_ratio, outputs), acti_type_1=act, acti_type_2="sigmoid")
+            excite = ResidualSELayer(
+                dimensions, outputs, min(se_ratio, outputs), acti_type_1=act, acti_type_2="sigmoid"
+            )
             return nn.Sequential(unit, excite)
 
         steps = list(pairwise(channels))
@@ -262,13 +287,51 @@ def se_unet_3d(
     Raises:
         ValueError: an option has another value than required.
     """
+    return _se_unet(3, channels, se_ratio, dropout, norm, activation)
+
+
+def se_unet_2d(
+    *,
+    channels: Sequence[int] = (16, 32, 64, 96),
+    se_ratio: int = 8,
+    dropout: float = 0.0,
+    norm: str = "instance",
+    activation: str = "leakyrelu",
+) -> SegNet:
+    """2-D residual SE-U-Net: arguments and errors as of `se_unet_3d`, of which `sliced` makes one."""
+    return _se_unet(2, channels, se_ratio, dropout, norm, activation)
+
+
+def _se_unet(
+    dimensions: int, channels: Sequence[int], se_ratio: int, dropout: float, norm: str, activation: str
+) -> SegNet:
     _require(_is_counts(channels, 1) and len(channels) > 0, "channels", channels, "one or more positive integers")
     _require(type(se_ratio) is int and se_ratio >= 1, "se_ratio", se_ratio, "a positive integer")
     _require_dropout_and_norm(dropout, norm)
     _require(activation in _ACTIVATIONS, "activation", activation, f"one of {', '.join(_ACTIVATIONS)}")
-    body = _SEUNet3D(channels, se_ratio, dropout, norm, activation)
-    head = nn.Conv3d(channels[0], 2, kernel_size=1)
+    body = _SEUNet(dimensions, channels, se_ratio, dropout, norm, activation)
+    head = (nn.Conv2d, nn.Conv3d)[dimensions - 2](channels[0], 2, kernel_size=1)
     return SegNet(body, head, input_weight="stem.conv.weight", stride=2 ** (len(channels) - 1))
+
+
+def can_be_sliced(net: SegNet) -> bool:
+    """Whether `sliced` knows the network."""
+    return net.spec.get("name") == "se_unet_3d" and net.stride > 1
+
+
+def sliced(net: SegNet, parameters: Mapping[str, Tensor], across: int) -> SegNet:
+    """The 2-D network that makes of a slice what a 3-D SE-U-Net makes of a volume that is this slice all over.
+
+    Args:
+        net: a 3-D SE-U-Net (`can_be_sliced`).
+        parameters: as `net.grow(1, 1)` gives them, trained or not.
+        across: the axis that goes, 0 to 2: every kernel is summed along it.
+    """
+    flat = build_network("se_unet_2d", seed=0, **net.spec["options"])
+    flat.across = across
+    given = {name: parameters[name].detach() for name in flat.state_dict()}
+    flat.load_state_dict({name: each.sum(2 + across) if each.ndim == 5 else each for name, each in given.items()})
+    return flat
 
 
 class _EncoderDecoder(nn.Module):
@@ -378,7 +441,11 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-NETWORKS: dict[str, Callable[..., SegNet]] = {"se_unet_3d": se_unet_3d, "scse_unet_2d": scse_unet_2d}
+NETWORKS: dict[str, Callable[..., SegNet]] = {
+    "se_unet_3d": se_unet_3d,
+    "se_unet_2d": se_unet_2d,
+    "scse_unet_2d": scse_unet_2d,
+}
 
 
 def build_network(name: str, *, seed: int | None = None, **options: Any) -> SegNet:

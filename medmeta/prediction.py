@@ -219,7 +219,7 @@ class Work:
 
         def predictor(segmenter: Segmenter) -> Predictor:
             if id(segmenter) not in made:
-                learner, shape = segmenter.model.learner, (1, len(segmenter.channels), *segmenter.patch)
+                learner, shape = segmenter.learner, (1, len(segmenter.channels), *segmenter.patch)
                 made[id(segmenter)] = openvino_predictor(
                     learner, segmenter.state, shape, precision=self.options["precision"]
                 )

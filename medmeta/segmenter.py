@@ -37,6 +37,7 @@ from medmeta.inference import (
     torch_predictor,
 )
 from medmeta.learners import MetaLearner, build_learner
+from medmeta.learners.sliced import Sliced
 from medmeta.networks import build_network
 from medmeta.postprocess import Certainty, keep_largest
 from medmeta.registration import Atlas, carry_labels
@@ -134,6 +135,20 @@ class Segmenter:
     overview_share: float = 0.5
     best_dice: bool = True
     atlases: tuple[Atlas, ...] = ()
+
+    @property
+    def learner(self) -> MetaLearner:
+        """What runs on its windows: that of the model, or its 2-D counterpart where single slices were learned from."""
+        learner = self.model.learner
+        of_slices = learner.net.spatial_dims == 3 and any(
+            self.state[name].ndim == 4 for name in learner.net.head_names if name in self.state
+        )
+        return Sliced(learner, self.preprocess.across) if of_slices else learner
+
+    @property
+    def views(self) -> tuple[Segmenter, ...]:
+        """The segmenter itself, its overview, and that one's, as far as there are any: one for each grid."""
+        return (self, *(self.overview.views if self.overview else ()))
 
     def __repr__(self) -> str:
         return f"Segmenter({segmenter_line(self)})"
@@ -278,9 +293,7 @@ class Segmenter:
             carried = self.carry(scan, grids)
             seconds["registration"] = time.perf_counter() - started
         layers = [carried] if carried is not None and carried.share > 0.0 else []
-        runs = [self._window_predictor(device, precision, predictor, seconds)]
-        if self.overview is not None:
-            runs.append(self.overview._window_predictor(device, precision, predictor, seconds))
+        runs = [each._window_predictor(device, precision, predictor, seconds) for each in self.views]
         network = partial(self._network_bands, runs=runs, overlap=overlap, focus=focus, device=device)
         if not (rotations and self.preprocess.thick and can_turn(working.shape, len(self.labels))):
             return working, network(grids, layers=layers, context=context)
@@ -309,7 +322,7 @@ class Segmenter:
         seconds: dict[str, float],
     ) -> Predictor:
         if predictor is None:
-            run = torch_predictor(self.model.learner, self.state, device=device, precision=precision)
+            run = torch_predictor(self.learner, self.state, device=device, precision=precision)
         else:
             run = predictor(self)
         return timed(run, seconds)
@@ -458,14 +471,14 @@ def _atlases(described: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> 
 
 def _require_fit(segmenter: Segmenter) -> None:
     """Run the smallest image through it: what does not fit shows now, not after a folder of scans was read."""
-    net = segmenter.model.learner.net
+    learner = segmenter.learner
     if len(segmenter.patch) != 3 or min(segmenter.patch) < 1:
         raise ValueError(f"patch {segmenter.patch}; required: three sides of at least one voxel")
     if not segmenter.targets or any(not set(values) for values in segmenter.targets.values()):
         raise ValueError(f"targets {segmenter.targets}; required: structures with their label values")
     with torch.no_grad():
-        image = torch.zeros(1, len(segmenter.channels), *[net.stride] * net.spatial_dims)
-        classes = segmenter.model.learner.segment(image, segmenter.state).shape[1] - 1
+        image = torch.zeros(1, len(segmenter.channels), *[learner.net.stride] * learner.net.spatial_dims)
+        classes = learner.segment(image, segmenter.state).shape[1] - 1
     if classes != len(segmenter.labels):
         raise ValueError(f"{len(segmenter.labels)} label values; required: one for each of {classes} classes")
 

@@ -18,6 +18,9 @@ from medmeta.episode import Examples
 from medmeta.errors import InputError
 from medmeta.worklist import list_scans
 
+SLICE = 0.225
+"""Voxels of a single slice, relative to those of a patch."""
+
 UNLABELLED = 12
 """Unlabelled scans that self-training learns from at most."""
 
@@ -61,27 +64,36 @@ def guess_modality(task: Task) -> Literal["CT", "MR"]:
     return "CT" if max(lowest) < -50 else "MR"
 
 
-def prepare_support(task: Task, voxels: int, *, stride: int = 8, preprocess: Preprocess | None = None) -> StoredTask:
+def prepare_support(
+    task: Task, voxels: int, *, stride: int = 8, preprocess: Preprocess | None = None, sliced: bool = False
+) -> StoredTask:
     """The labelled scans of a task on a working grid fitted to them, in memory.
 
     Where a patch shows little of a scan, there is an overview too (`Preprocess.overview`): what tells one structure
-    from another is often where it lies. Its patches have twice the voxels. It needs to show every class that the finer
-    grid shows.
+    from another is often where it lies. Its patches have twice the voxels. Where slices are thick and the network can
+    be had in two dimensions (`sliced`), the patches are single slices instead, and the overview is the working grid.
+    An overview needs to show every class that the finer grid shows.
     """
     preprocess = preprocess or fit_preprocess(task)
     support = _prepare_on(task, voxels, stride, preprocess)
+    if sliced and preprocess.thick:
+        slices = _prepare_on(task, round(SLICE * voxels), stride, fit_preprocess(task, sliced=True), sliced=True)
+        return replace(slices, overview=support) if _shows_all(slices, support) else support
     coarse = preprocess.overview(support.patch, [case.mask.shape for case in support.cases])
     if coarse is None:
         return support
     overview = _prepare_on(task, 2 * voxels, stride, coarse)
-    lost = any(set(a.places) != set(b.places) for a, b in zip(support.cases, overview.cases, strict=True))
-    return support if lost else replace(support, overview=overview)
+    return replace(support, overview=overview) if _shows_all(support, overview) else support
 
 
-def _prepare_on(task: Task, voxels: int, stride: int, preprocess: Preprocess) -> StoredTask:
+def _shows_all(fine: StoredTask, coarse: StoredTask) -> bool:
+    return all(set(a.places) == set(b.places) for a, b in zip(fine.cases, coarse.cases, strict=True))
+
+
+def _prepare_on(task: Task, voxels: int, stride: int, preprocess: Preprocess, *, sliced: bool = False) -> StoredTask:
     cases = tuple(prepare(task, case, preprocess) for case in task.labelled.cases)
-    patch = preprocess.patch(voxels, [case.mask.shape for case in cases], stride)
-    return StoredTask(task.name, task.classes, patch, cases, preprocess)
+    patch = preprocess.patch(voxels, [case.mask.shape for case in cases], stride, sliced=sliced)
+    return StoredTask(task.name, task.classes, patch, cases, preprocess, sliced=sliced)
 
 
 def with_unlabelled(support: StoredTask, task: Task, seed: int) -> tuple[StoredTask, list[str]]:

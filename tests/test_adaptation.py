@@ -19,16 +19,19 @@ from medmeta.adaptation import (
     REHEARSAL,
     REPAINT,
     ROUNDS,
+    SLICES,
     Budget,
     adapt,
     adapt_prepared,
     adapt_support,
     adapt_to,
+    prepare_for,
     usual_steps,
 )
 from medmeta.data.tasks import Case, Task
-from medmeta.data.volume import Volume, write_volume
+from medmeta.data.volume import Volume, read_volume, write_volume
 from medmeta.errors import InputError
+from medmeta.learners.sliced import Sliced
 from medmeta.losses import dice_cross_entropy
 from medmeta.support import prepare_support, support_task, with_unlabelled
 
@@ -95,7 +98,7 @@ def test_adapting_again_starts_from_the_meta_learned_part(task):
 def test_no_step_is_the_start(task):
     model = tiny_model()
     state = adapt_to(model, task, budget=Budget(steps=0)).state
-    assert same(state, {name: tensor.detach() for name, tensor in model.learner.start(1, 2).items()})
+    assert same(state, {name: tensor.detach() for name, tensor in Sliced(model.learner, 2).start(1, 2).items()})
 
 
 def test_steps_lower_the_loss(task):
@@ -146,8 +149,14 @@ def test_every_scan_comes_up_as_often_as_any_other(support, tmp_path, monkeypatc
     monkeypatch.setattr(module, "draw_patch", lambda case, *rest: drawn.append(case.id) or draw(case, *rest))
     write_pairs(tmp_path, cases=(0, 1, 2))
     task = support_task(tmp_path / "images", tmp_path / "labels", targets=TWO)
-    adapt_to(tiny_model(), task, method="finetune", budget=Budget(steps=6, patches=2))
+    volume = prepare_support(task, 16**3, stride=2)
+    adapt_support(tiny_model(), task, volume, budget=Budget(steps=6, patches=2), atlases=0)
     assert [drawn.count(case.id) for case in task.cases] == [3, 3, 3], "two of the working grid, one of the overview"
+    drawn.clear()
+    adapt_support(tiny_model(), task, prepare_for(tiny_model(), task), budget=Budget(steps=6, patches=2), atlases=0)
+    assert [drawn.count(case.id) for case in task.cases] == [14, 14, 14], (
+        "twelve slices a step, two patches of the volume"
+    )
 
 
 @pytest.mark.parametrize("thick", [True, False])
@@ -168,11 +177,11 @@ def test_patches_are_mixed_where_labels_are_guessed_or_several_and_slices_thick(
     adapt_to(tiny_model(), scans, method="finetune", budget=Budget(steps=4), atlases=0)
     assert not mixed
     adapt_to(tiny_model(), scans, method="self_training", budget=Budget(steps=12), atlases=0)
-    assert [len(each) for each in mixed] == [2, 1] * FEW_ROUNDS * thick, "one step on each grid in each round"
+    assert [len(each) for each in mixed] == [2] * FEW_ROUNDS * thick, "one step on each grid in each round"
     assert all(map(all, mixed)), "no patch is mixed with itself"
     mixed.clear()
     adapt_to(tiny_model(), three, method="finetune", budget=Budget(steps=4), atlases=0)
-    assert [len(each) for each in mixed] == [2, 2, 1, 1] * thick
+    assert [len(each) for each in mixed] == [2, 2] * thick, "slices are not"
 
 
 def test_several_classes_and_what_the_segmenter_says_of_itself(task):
@@ -183,7 +192,8 @@ def test_several_classes_and_what_the_segmenter_says_of_itself(task):
     assert segmenter.preprocess.modality == "CT"
     card = segmenter.card
     assert (card["support_scans"], card["method"], card["seed"], card["steps"]) == (2, "finetune", 4, 2)
-    assert all(side % 2 == 0 for side in segmenter.patch), "the network's own stride"
+    assert all(side % 2 == 0 for side in segmenter.overview.patch), "the network's own stride"
+    assert [side % 2 for side in segmenter.patch] == [0, 0, 1], "a single slice"
 
 
 def test_two_channels_in_two_files(support, tmp_path):
@@ -283,7 +293,7 @@ def test_full_fine_tuning_stays_nearer_its_start_with_the_pull(task, monkeypatch
     import medmeta.adaptation as module
 
     model, budget = tiny_model(), Budget(steps=30, rate=1e-2)
-    start = {name: tensor.detach() for name, tensor in model.learner.start(1, 2).items()}
+    start = {name: tensor.detach() for name, tensor in Sliced(model.learner, 2).start(1, 2).items()}
     distances = []
     for pull in (0.0, 5.0):
         monkeypatch.setattr(module, "PULL", pull)
@@ -335,7 +345,7 @@ def test_without_a_budget_it_takes_the_usual_steps(task, monkeypatch):
 
 def test_prepared_support_and_segmenter_equal_the_short_way(task):
     model, budget = tiny_model(), Budget(steps=2)
-    support = prepare_support(task, model.voxels, stride=2)
+    support = prepare_for(model, task)
     segmenter, short = adapt_support(model, task, support, budget=budget), adapt_to(model, task, budget=budget)
     for a, b in ((segmenter, short), (segmenter.overview, short.overview)):
         assert same(a.state, b.state)
@@ -369,9 +379,57 @@ def test_few_steps_are_all_for_the_finer_grid(task, monkeypatch):
 
 
 def test_an_overview_counts_more_where_there_are_few_scans(task, three):
-    budget = Budget(steps=2)
-    few, more = (adapt_to(tiny_model(), each, method="finetune", budget=budget) for each in (task, three))
+    few, more = (
+        adapt_support(tiny_model(), each, prepare_support(each, 16**3, stride=2), budget=Budget(steps=2))
+        for each in (task, three)
+    )
     assert (few.overview_share, more.overview_share) == (1 / 2, 1 / 3)
+
+
+def test_thick_slices_are_learned_one_by_one_too(task, monkeypatch):
+    model = tiny_model()
+    support = prepare_for(model, task)
+    assert support.sliced
+    segmenter = adapt_support(model, task, support, budget=Budget(steps=3))
+    slices, volume = support.views
+    learner = Sliced(model.learner, slices.preprocess.across)
+    of_slices = Budget(steps=2, patches=SLICES * Budget().patches)
+    assert same(segmenter.state, adapt_prepared(learner, slices, budget=of_slices))
+    assert same(segmenter.overview.state, adapt_prepared(model.learner, volume, budget=Budget(steps=1)))
+    assert (segmenter.learner.net.spatial_dims, segmenter.overview.learner.net.spatial_dims) == (2, 3)
+    assert segmenter.overview_share == 1 / 2
+    # On goes each from what it was.
+    longer = adapt_support(model, task, support, budget=Budget(steps=2), start=segmenter)
+    assert not same(longer.state, segmenter.state)
+    assert longer.state.keys() == segmenter.state.keys()
+    # Few steps, and the learner's own rule, are for the volume.
+    monkeypatch.setattr("medmeta.adaptation.OVERVIEW_FROM", 3)
+    for method, steps in (("finetune", 2), ("inner", 0)):
+        short = adapt_support(model, task, support, method, Budget(steps=steps))
+        assert len(short.views) == 1
+        assert (short.patch, short.learner) == (volume.patch, model.learner)
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "SRA", "ASR"])
+def test_slices_are_learned_whichever_way_they_lie(orientation, tmp_path):
+    """Sagittal, coronal and axial stacks of one object: thick along R, A and S."""
+    across = {"RAS": 2, "SRA": 1, "ASR": 0}[orientation]
+    write_pairs(tmp_path, cases=(0, 1))
+    for path in tmp_path.rglob("*.nii.gz"):
+        volume = read_volume(path)
+        spacing = volume.affine[:3, :3].norm(dim=0).tolist()
+        thick = max(range(3), key=lambda axis: spacing[axis])
+        axes = [axis for axis in range(3) if axis != thick]
+        axes.insert(across, thick)
+        affine = torch.diag(torch.tensor([*(spacing[axis] for axis in axes), 1.0], dtype=torch.float64))
+        data = volume.data.permute(0, *(1 + axis for axis in axes)).contiguous()
+        path.unlink()
+        write_volume(Volume(data, affine), path)
+    task = support_task(tmp_path / "images", tmp_path / "labels", targets=TWO)
+    segmenter = adapt_to(tiny_model(), task, method="finetune", budget=Budget(steps=2))
+    assert segmenter.patch[across] == 1
+    scan = read_volume(next((tmp_path / "images").iterdir()))
+    assert segmenter.predict(scan, rotations=False).data.shape == (1, *scan.shape)
 
 
 def copy_of(support: Path, folder: Path) -> Path:

@@ -67,3 +67,14 @@ def test_moving_an_episode_moves_support_and_query(device) -> None:
         assert (after.image.device.type, after.mask.device.type, after.classes) == (device, device, before.classes)
         assert torch.equal(after.image.cpu(), before.image)
         assert torch.equal(after.mask.cpu(), before.mask)
+
+
+@pytest.mark.parametrize("across", [0, 1, 2])
+def test_slices_are_across_the_axis(across) -> None:
+    shape = (4, 5, 6)
+    made = examples(2, 3, *shape)
+    flat = made.slices(across)
+    sides = [side for axis, side in enumerate(shape) if axis != across]
+    assert flat.image.shape == (2 * shape[across], 3, *sides)
+    assert torch.equal(flat.image[shape[across]], made.image[1].select(1 + across, 0))
+    assert torch.equal(flat.mask[shape[across]], made.mask[1].select(across, 0))

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medmeta.networks import NETWORKS, SegNet, assert_adaptable, build_network
+from medmeta.networks import NETWORKS, SegNet, assert_adaptable, build_network, can_be_sliced, sliced
 
 SMALL = {
     "se_unet_3d": {"channels": [4, 6, 8], "se_ratio": 16},
+    "se_unet_2d": {"channels": [4, 6, 8], "se_ratio": 16},
     "scse_unet_2d": {"encoder_depth": 2, "decoder_channels": [16, 16]},
 }
-ODD_SIZE = {"se_unet_3d": (7, 4, 9), "scse_unet_2d": (13, 6)}
+ODD_SIZE = {"se_unet_3d": (7, 4, 9), "se_unet_2d": (13, 6), "scse_unet_2d": (13, 6)}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -268,6 +269,31 @@ def test_activations_and_levels_of_the_3d_network(activation, generator) -> None
         assert net(torch.randn(1, 1, 4, 5, 6, generator=generator)).shape == (1, 2, 4, 5, 6)
 
 
+@pytest.mark.parametrize("across", [0, 1, 2])
+@torch.no_grad()
+def test_a_sliced_network_makes_of_a_slice_what_the_whole_one_makes_of_it_all_over(across, generator) -> None:
+    """Where a volume goes on for ever, that is: the padding of every convolution is made to go round."""
+    net = build_network("se_unet_3d", seed=0, **SMALL["se_unet_3d"]).double()
+    flat = sliced(net, net.grow(1, 1), across).double()
+    for module in (*net.modules(), *flat.modules()):
+        if isinstance(module, nn.Conv2d | nn.Conv3d) and any(module.padding):
+            module.padding_mode = "circular"
+            module._reversed_padding_repeated_twice = [side for side in reversed(module.padding) for _ in range(2)]
+    parts = (net.grow(2, 3), flat.grow(2, 3))
+    image = torch.randn(2, 2, 8, 12, generator=generator, dtype=torch.float64)
+    whole = net(
+        image.unsqueeze(2 + across).expand([*image.shape[: 2 + across], 8, *image.shape[2 + across :]]), parts[0]
+    )
+    for number in (0, 3):
+        torch.testing.assert_close(whole.select(2 + across, number), flat(image, parts[1]), rtol=1e-5, atol=1e-5)
+
+
+def test_only_volumes_of_more_than_one_level_can_be_sliced() -> None:
+    nets = {name: build_network(name, seed=0, **SMALL[name]) for name in NETWORKS}
+    assert [name for name, net in nets.items() if can_be_sliced(net)] == ["se_unet_3d"]
+    assert not can_be_sliced(build_network("se_unet_3d", seed=0, channels=[4]))
+
+
 def test_images_that_do_not_fit(net, generator) -> None:
     with pytest.raises(ValueError, match=r"image with 2 channels; required: 1.*grow\(channels=2"):
         net(random_image(net, generator, channels=2))
@@ -287,7 +313,7 @@ def test_images_that_do_not_fit(net, generator) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("unet", {}, "se_unet_3d, scse_unet_2d"),
+        ("unet", {}, "se_unet_3d, se_unet_2d, scse_unet_2d"),
         ("se_unet_3d", {"width": 3}, "'width' of se_unet_3d; required: one of channels, se_ratio"),
         ("scse_unet_2d", {"encoder_weights": "imagenet"}, "required: one of encoder_name"),
         ("se_unet_3d", {"channels": []}, "channels"),

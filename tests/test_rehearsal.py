@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from small import same, tiny_model, write_pairs
 
-from medmeta.adaptation import CANDIDATES, Budget, adapt_support, adapt_to
+from medmeta.adaptation import CANDIDATES, Budget, adapt_support, adapt_to, prepare_for
 from medmeta.data.tasks import Case, Task
 from medmeta.evaluate import score_case
-from medmeta.support import prepare_support, support_task
+from medmeta.support import support_task
 
 pytestmark = pytest.mark.usefixtures("overview_from_the_first_step")
 
@@ -67,7 +67,7 @@ def test_auto_scores_a_scan_with_a_model_that_never_saw_it(three):
     card = adapt_to(tiny_model(), three, budget=Budget(steps=15)).card
     (case,) = (case for case in three.cases if case.id == card["left_out"]["cases"][0]["case"])
     others = three.of_patients([name for name in three.patients if name != case.patient])
-    part = prepare_support(three, 16**3, stride=2).only([each.id for each in others.cases])
+    part = prepare_for(tiny_model(), three).only([each.id for each in others.cases])
     made = adapt_support(tiny_model(), others, part, card["method"], Budget(steps=3))  # a fifth of them
     expected = score_case(made, three, case, 2.0)
     assert card["left_out"]["cases"][0] == expected

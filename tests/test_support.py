@@ -115,3 +115,18 @@ def test_at_most_so_many_unlabelled_scans_are_read(task, monkeypatch):
 def test_pairing_is_that_of_the_tasks(support, task):
     paired = pair_folders(support / "images", support / "labels", targets=TWO, modality="CT")
     assert (paired.cases, paired.targets, paired.modality) == (task.cases, task.targets, task.modality)
+
+
+def test_thick_slices_are_learned_one_by_one_beside_the_volume(task, tmp_path):
+    volume = prepare_support(task, 16**3, stride=2)
+    support = prepare_support(task, 16**3, stride=2, sliced=True)
+    assert volume.preprocess.thick
+    assert not volume.sliced
+    assert support.sliced
+    assert support.patch[support.preprocess.across] == 1
+    assert support.overview.preprocess == volume.preprocess
+    assert support.overview.patch == volume.patch
+    assert support.overview.overview is None
+    even = support_task(*(write_pairs(tmp_path, index=1) / part for part in ("images", "labels")))
+    assert not prepare_support(even, 16**3, stride=2).preprocess.thick
+    assert not prepare_support(even, 16**3, stride=2, sliced=True).sliced

@@ -17,6 +17,9 @@ from medmeta.episode import IGNORED
 ORGAN_VOXELS = 32
 """Working voxels along the longest side of a task's smallest structure, where the scans resolve that many."""
 
+SLICED = 0.8
+"""Side of a pixel of a single slice, relative to that of a working voxel."""
+
 COARSEST = 3.5
 """Working voxels are at most this wide, mm, where the scans are finer: the border of a large organ needs that much, and
 two kidneys under one label are no organ as large as the way from one to the other."""
@@ -60,7 +63,7 @@ class Preprocess:
         return longest > UNEQUAL * middle
 
     @classmethod
-    def fit(cls, scans: Sequence[tuple[Volume, Tensor]], modality: str) -> Preprocess:
+    def fit(cls, scans: Sequence[tuple[Volume, Tensor]], modality: str, *, sliced: bool = False) -> Preprocess:
         """Choose spacing and intensity rule from scans and their masks.
 
         The spacing lets the smallest structure span about `ORGAN_VOXELS` voxels, more where they would be wider than
@@ -70,6 +73,7 @@ class Preprocess:
         Args:
             scans: pairs of scan (C, X, Y, Z) and mask (1, X, Y, Z) with values 0..K, -1 ignored.
             modality: "CT" or "MR".
+            sliced: for single slices: pixels are `SLICED` times as wide, and slices as thick as they are.
 
         Raises:
             ValueError: no foreground in any scan, or for CT no finite intensity inside it.
@@ -86,8 +90,10 @@ class Preprocess:
             raise ValueError("no foreground in any support scan; required: at least one labelled voxel")
         native = torch.tensor(spacings, dtype=torch.float64).median(dim=0).values.tolist()
         smallest = min(float(torch.tensor(sizes).median()) for sizes in extents.values())
-        finest = max(min(smallest / ORGAN_VOXELS, COARSEST), min(native))
-        spacing = tuple(round(min(max(side, finest), ANISOTROPY * finest), 3) for side in native)
+        wanted = min(smallest / ORGAN_VOXELS, COARSEST) * (SLICED if sliced else 1.0)
+        finest = max(wanted, min(native))
+        thickest = math.inf if sliced else ANISOTROPY * finest
+        spacing = tuple(round(min(max(side, finest), thickest), 3) for side in native)
         if modality != "CT":
             return cls(modality, spacing)
         # At least 400 HU wide, so that what surrounds the organ keeps its contrast.
@@ -100,17 +106,25 @@ class Preprocess:
         widen = max(0.0, 400.0 - (high - low)) / 2
         return cls(modality, spacing, (round(low - widen), round(high + widen)))
 
-    def patch(self, voxels: int, shapes: Sequence[Sequence[int]], stride: int = 8) -> tuple[int, int, int]:
+    @property
+    def across(self) -> int:
+        """The axis of the longest side of a voxel: across the slices, where they are thick."""
+        return max(range(3), key=lambda axis: self.spacing[axis])
+
+    def patch(
+        self, voxels: int, shapes: Sequence[Sequence[int]], stride: int = 8, *, sliced: bool = False
+    ) -> tuple[int, int, int]:
         """A patch of about `voxels` voxels, as near to a cube in mm as multiples of `stride` allow.
 
         Args:
             voxels: the budget.
             shapes: (X, Y, Z) of the volumes on the working grid; the patch is not larger than they are.
             stride: total downsampling of the network.
+            sliced: of a single slice.
         """
         largest = [stride * math.ceil(int(torch.tensor(side).median()) / stride) for side in zip(*shapes, strict=True)]
-        sides = [0, 0, 0]
-        free = [0, 1, 2]
+        sides = [1, 1, 1]
+        free = [axis for axis in range(3) if not (sliced and axis == self.across)]
         while free:
             budget = voxels / math.prod(sides[axis] for axis in range(3) if axis not in free)
             edge = (budget * math.prod(self.spacing[axis] for axis in free)) ** (1 / len(free))

@@ -70,6 +70,7 @@ class StoredTask:
         preprocess: how they came onto the working grid.
         unlabelled: scans whose mask is -1 everywhere.
         overview: the same scans on a coarser grid, of which a patch shows more; None where it adds nothing.
+        sliced: a patch is a single slice.
     """
 
     name: str
@@ -79,6 +80,7 @@ class StoredTask:
     preprocess: Preprocess
     unlabelled: tuple[StoredCase, ...] = ()
     overview: StoredTask | None = None
+    sliced: bool = False
 
     @property
     def views(self) -> tuple[StoredTask, ...]:
@@ -144,13 +146,16 @@ def read_scan(task: Task, case: Case) -> Volume:
     return scan
 
 
-def fit_preprocess(task: Task, cases: Sequence[Case] | None = None, *, most: int = 12) -> Preprocess:
+def fit_preprocess(
+    task: Task, cases: Sequence[Case] | None = None, *, most: int = 12, sliced: bool = False
+) -> Preprocess:
     """Fit `Preprocess` on the labelled scans of a task.
 
     Args:
         task: gives modality and targets.
         cases: the support scans; all of the task's when None.
         most: scans read at most, evenly spread over the cases.
+        sliced: for single slices.
 
     Raises:
         InputError: no scan, one that cannot be used, or none that holds the organ.
@@ -160,7 +165,7 @@ def fit_preprocess(task: Task, cases: Sequence[Case] | None = None, *, most: int
         raise InputError(f"task {task.name}", "no labelled scan", "at least one")
     cases = cases[:: max(1, -(-len(cases) // most))]
     try:
-        return Preprocess.fit([read_case(task, case) for case in cases], task.modality)
+        return Preprocess.fit([read_case(task, case) for case in cases], task.modality, sliced=sliced)
     except InputError:
         raise
     except ValueError as error:

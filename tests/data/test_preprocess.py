@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from medmeta.data.preprocess import ANISOTROPY, COARSEST, ORGAN_VOXELS, Preprocess
+from medmeta.data.preprocess import ANISOTROPY, COARSEST, ORGAN_VOXELS, SLICED, Preprocess
 from medmeta.data.volume import Volume
 from medmeta.episode import IGNORED
 
@@ -292,6 +292,23 @@ def test_a_patch_is_near_a_cube_in_mm():
     assert sides == (64, 64, 32)
     # What a flat volume leaves unused goes to the other axes.
     assert Preprocess("MR", (1.0, 1.0, 1.0)).patch(48**3, [(300, 300, 16)]) == (80, 80, 16)
+
+
+def test_single_slices_are_finer_and_as_thick_as_they_are():
+    pair = scan_and_mask((64, 64, 20), (1.0, 1.0, 12.0), size=50)
+    whole, single = (Preprocess.fit([pair], "MR", sliced=sliced) for sliced in (False, True))
+    assert whole.thick and single.thick
+    assert single.spacing[2] == 12.0 > whole.spacing[2]
+    assert single.spacing[:2] == pytest.approx([max(1.0, SLICED * side) for side in whole.spacing[:2]], abs=1e-3)
+
+
+@pytest.mark.parametrize("across", [0, 1, 2])
+def test_a_patch_of_a_single_slice_is_a_square(across):
+    spacing = tuple(9.0 if axis == across else 1.5 for axis in range(3))
+    preprocess = Preprocess("MR", spacing)
+    assert preprocess.across == across
+    patch = preprocess.patch(64**2, [(300, 300, 300)], sliced=True)
+    assert patch == tuple(1 if axis == across else 64 for axis in range(3))
 
 
 def test_the_settings_travel():

@@ -433,3 +433,11 @@ def test_boxes_lie_anywhere_and_fit_the_smallest_patch():
     masks = torch.stack([copy_paste(patches, patches[::-1], rng)[0][1] for _ in range(50)])
     assert bool(masks.any(dim=0).all())
     assert masks.flatten(1).sum(dim=1).tolist() == [4] * 50
+
+
+def test_a_single_slice_is_not_darkened_by_what_is_not_above_it():
+    augment, rng = Augment((24, 24, 1), (1.0, 1.0, 6.0), "CT"), np.random.default_rng(0)
+    slice_ = torch.full((1, 24, 24, 1), 10.0), torch.zeros(24, 24, 1, dtype=torch.long)
+    darkest = min(float(augment(*slice_, rng)[0][0, 8:16, 8:16].mean()) for _ in range(60))
+    # The gain is 0.75 at least, the offset -0.25.
+    assert darkest > 0.7 * 10.0
