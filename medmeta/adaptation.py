@@ -79,11 +79,13 @@ and the share is k times less."""
 BEND = 0.8
 """Share of patches that are deformed elastically where a single scan is labelled; k scans show k shapes themselves."""
 
-OVERVIEW_SHARE, FEW_SHARE = 1 / 3, 1 / 2
-"""Weight of the overview's probabilities; the second with 1 and 2 scans, which teach places before borders."""
+OVERVIEW_SHARE, EVEN_SHARE = 1 / 3, 1 / 2
+"""Weight of the overview's probabilities; the second with 1 and 2 scans, which teach places before borders, and for the
+volume beside single slices."""
 
-SLICES = 6
-"""Single slices of one step, for each patch of it: they come from as many scans."""
+SLICES, SLICE_STEPS = 4, 2 / 3
+"""Single slices of one step, for each patch of it: they come from as many scans. And the share of the steps that they
+get; the volume has the rest."""
 
 OVERVIEW_FROM = 200
 """Steps from which on an overview is learned too; fewer are all for the finer grid."""
@@ -278,7 +280,8 @@ def adapt_support(
 ) -> Segmenter:
     """A segmenter from prepared scans by one method, "auto" not among them. Arguments as of `adapt_to`.
 
-    From `OVERVIEW_FROM` steps on, an overview is learned with half of them and of the minutes, of half as many patches.
+    From `OVERVIEW_FROM` steps on, an overview is learned with half of them and of the minutes, of half as many patches;
+    of thick slices, `SLICE_STEPS` of them are for single slices and the rest for the volume.
     `start` is a segmenter of the same classes on the same grids to go on from: then there is one if that has one. For
     self-training it is what was fine-tuned on the labelled scans with the same budget and seed, atlases included.
     `repaint` is the share of patches whose structures each get another brightness (`draw_brightness`); self-training
@@ -306,15 +309,18 @@ def adapt_support(
         views = views[:1]
     if len(views) == 1:
         return replace(learn(views[0], budget, 0, start), atlases=made)
-    half = replace(budget, steps=budget.steps // 2, minutes=budget.minutes and budget.minutes / 2)
-    first = replace(half, steps=budget.steps - half.steps)
-    fewer = replace(half, patches=max(1, budget.patches // 2))
-    own, other = (replace(first, patches=SLICES * budget.patches), half) if support.sliced else (first, fewer)
     fine, coarse = views
-    segmenter = learn(fine, own, 0, start)
-    overview = learn(coarse, other, own.steps, start and start.overview)
-    few = support.sliced or len(task.labelled.patients) < 3
-    return replace(segmenter, overview=overview, overview_share=FEW_SHARE if few else OVERVIEW_SHARE, atlases=made)
+    share, patches = (SLICE_STEPS, (SLICES, 1.0)) if support.sliced else (1 / 2, (1.0, 1 / 2))
+    steps = math.ceil(share * budget.steps)
+
+    def part(steps: int, share: float, patches: float) -> Budget:
+        minutes = budget.minutes and share * budget.minutes
+        return replace(budget, steps=steps, minutes=minutes, patches=max(1, int(patches * budget.patches)))
+
+    segmenter = learn(fine, part(steps, share, patches[0]), 0, start)
+    overview = learn(coarse, part(budget.steps - steps, 1 - share, patches[1]), steps, start and start.overview)
+    even = support.sliced or len(task.labelled.patients) < 3
+    return replace(segmenter, overview=overview, overview_share=EVEN_SHARE if even else OVERVIEW_SHARE, atlases=made)
 
 
 def _told_from(

@@ -19,6 +19,7 @@ from medmeta.adaptation import (
     REHEARSAL,
     REPAINT,
     ROUNDS,
+    SLICE_STEPS,
     SLICES,
     Budget,
     adapt,
@@ -107,7 +108,8 @@ def test_steps_lower_the_loss(task):
     adapt_to(model, task, budget=Budget(steps=80), progress=lambda *given: told.append(given))
     assert [(step, steps) for step, steps, _ in told] == [(step, 80) for step in range(1, 81)]
     losses = [loss for *_, loss in told]
-    for grid in (losses[:40], losses[40:]):
+    slices = math.ceil(SLICE_STEPS * 80)
+    for grid in (losses[:slices], losses[slices:]):
         assert np.mean(grid[-8:]) < 0.85 * np.mean(grid[:8])
 
 
@@ -153,9 +155,9 @@ def test_every_scan_comes_up_as_often_as_any_other(support, tmp_path, monkeypatc
     adapt_support(tiny_model(), task, volume, budget=Budget(steps=6, patches=2), atlases=0)
     assert [drawn.count(case.id) for case in task.cases] == [3, 3, 3], "two of the working grid, one of the overview"
     drawn.clear()
-    adapt_support(tiny_model(), task, prepare_for(tiny_model(), task), budget=Budget(steps=6, patches=2), atlases=0)
-    assert [drawn.count(case.id) for case in task.cases] == [14, 14, 14], (
-        "twelve slices a step, two patches of the volume"
+    adapt_support(tiny_model(), task, prepare_for(tiny_model(), task), budget=Budget(steps=9, patches=2), atlases=0)
+    assert [drawn.count(case.id) for case in task.cases] == [18, 18, 18], (
+        "eight slices a step, two patches of the volume"
     )
 
 
@@ -176,12 +178,12 @@ def test_patches_are_mixed_where_labels_are_guessed_or_several_and_slices_thick(
     monkeypatch.setattr("medmeta.data.preprocess.Preprocess.thick", thick)
     adapt_to(tiny_model(), scans, method="finetune", budget=Budget(steps=4), atlases=0)
     assert not mixed
-    adapt_to(tiny_model(), scans, method="self_training", budget=Budget(steps=12), atlases=0)
-    assert [len(each) for each in mixed] == [2] * FEW_ROUNDS * thick, "one step on each grid in each round"
+    adapt_to(tiny_model(), scans, method="self_training", budget=Budget(steps=18), atlases=0)
+    assert [len(each) for each in mixed] == [2] * FEW_ROUNDS * thick, "one step on the volume in each round"
     assert all(map(all, mixed)), "no patch is mixed with itself"
     mixed.clear()
     adapt_to(tiny_model(), three, method="finetune", budget=Budget(steps=4), atlases=0)
-    assert [len(each) for each in mixed] == [2, 2] * thick, "slices are not"
+    assert [len(each) for each in mixed] == [2] * thick, "slices are not"
 
 
 def test_several_classes_and_what_the_segmenter_says_of_itself(task):
@@ -549,7 +551,7 @@ def test_fewer_rounds_where_there_are_more_labelled_scans(scans, three, monkeypa
         steps.clear()
         whole = replace(scans, cases=(*labelled.labelled.cases, scans.cases[-1]), modality=modality)
         card = adapt_to(tiny_model(), whole, method="self_training", budget=Budget(steps=60), atlases=0).card
-        assert steps == [30, 30] * starts + [5, 5] * rounds
+        assert steps == [40, 20] * starts + [7, 3] * rounds
         assert ("repainted" in card) == (starts == 2), "brightness is known in CT, and of three scans"
 
 
