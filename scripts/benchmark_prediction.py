@@ -4,11 +4,11 @@
     python scripts/benchmark_prediction.py MODEL FOLDER --scans 4 --resample 1 1 2
 
 The plain pipeline is LoadImage, Orientation, Spacing, intensities, sliding_window_inference of probabilities, Invert,
-argmax and SaveImage, as MONAI's tutorials write it. Ways take turns, so that other work on the machine slows all of
-them; the median round counts. Dice is between the label maps of the plain pipeline and of each way on the working grid
-alone; with an overview, between those with and without focus, poses or carried labels. `medmeta predict` chooses among
-the first ways what the machine has. Public sets are often coarser than what scanners give: `--resample` brings scans to
-a voxel size in mm first.
+argmax and SaveImage, as MONAI's tutorials write it; of a model that has a network of slices too it runs the one of
+volumes. Ways take turns, so that other work on the machine slows all of them; the median round counts. Dice is between
+the label maps of the plain pipeline and of each way on the working grid alone; with an overview, between those with and
+without focus, poses or carried labels. `medmeta predict` chooses among the first ways what the machine has. Public sets
+are often coarser than what scanners give: `--resample` brings scans to a voxel size in mm first.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     # Both ways do the same: one network on one grid, the most probable class, all its pieces.
     carrying = load(options.model)
     whole = replace(carrying, atlases=())
-    segmenter = replace(whole, single=(), overview=None, best_dice=False)
+    volume = next(view for view in whole.views if view.learner.net.spatial_dims == 3)
+    segmenter = replace(volume, single=(), overview=None, best_dice=False)
     upright = partial(predict, rotations=False)
     ways: dict[str, Callable[[Path], object]] = {
         "plain MONAI": lambda out: plain(segmenter, scans, out, options.windows),
