@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any
@@ -27,8 +28,7 @@ __all__ = [
     "build_network",
     "can_be_sliced",
     "scse_unet_2d",
-    "se_unet_2d",
-    "se_unet_3d",
+    "se_unet",
     "seeded",
     "sliced",
 ]
@@ -267,7 +267,8 @@ class _SEUNet(nn.Module):
         return decoded
 
 
-def se_unet_3d(
+def se_unet(
+    dimensions: int,
     *,
     channels: Sequence[int] = (16, 32, 64, 96),
     se_ratio: int = 8,
@@ -275,9 +276,10 @@ def se_unet_3d(
     norm: str = "instance",
     activation: str = "leakyrelu",
 ) -> SegNet:
-    """3-D residual SE-U-Net on MONAI's blocks.
+    """Residual SE-U-Net on MONAI's blocks: `se_unet_3d`, and `se_unet_2d` for slices.
 
     Args:
+        dimensions: 2 or 3.
         channels: width of each level, finest first; as many levels as numbers, each at half the resolution.
         se_ratio: the squeeze: hidden units of a level are its channels divided by this, at least one.
         dropout: probability to drop a channel after each norm, in training mode.
@@ -287,30 +289,12 @@ def se_unet_3d(
     Raises:
         ValueError: an option has another value than required.
     """
-    return _se_unet(3, channels, se_ratio, dropout, norm, activation)
-
-
-def se_unet_2d(
-    *,
-    channels: Sequence[int] = (16, 32, 64, 96),
-    se_ratio: int = 8,
-    dropout: float = 0.0,
-    norm: str = "instance",
-    activation: str = "leakyrelu",
-) -> SegNet:
-    """2-D residual SE-U-Net: arguments and errors as of `se_unet_3d`, of which `sliced` makes one."""
-    return _se_unet(2, channels, se_ratio, dropout, norm, activation)
-
-
-def _se_unet(
-    dimensions: int, channels: Sequence[int], se_ratio: int, dropout: float, norm: str, activation: str
-) -> SegNet:
     _require(_is_counts(channels, 1) and len(channels) > 0, "channels", channels, "one or more positive integers")
     _require(type(se_ratio) is int and se_ratio >= 1, "se_ratio", se_ratio, "a positive integer")
     _require_dropout_and_norm(dropout, norm)
     _require(activation in _ACTIVATIONS, "activation", activation, f"one of {', '.join(_ACTIVATIONS)}")
     body = _SEUNet(dimensions, channels, se_ratio, dropout, norm, activation)
-    head = (nn.Conv2d, nn.Conv3d)[dimensions - 2](channels[0], 2, kernel_size=1)
+    head = (nn.Conv3d if dimensions == 3 else nn.Conv2d)(channels[0], 2, kernel_size=1)
     return SegNet(body, head, input_weight="stem.conv.weight", stride=2 ** (len(channels) - 1))
 
 
@@ -442,8 +426,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 NETWORKS: dict[str, Callable[..., SegNet]] = {
-    "se_unet_3d": se_unet_3d,
-    "se_unet_2d": se_unet_2d,
+    "se_unet_3d": partial(se_unet, 3),
+    "se_unet_2d": partial(se_unet, 2),
     "scse_unet_2d": scse_unet_2d,
 }
 

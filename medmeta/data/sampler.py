@@ -172,7 +172,7 @@ class Augment:
         gain = 0.25 * (strength if modality != "CT" else 1.0)
         keys = ["image", "mask"]
         # Beyond the patch counts as 0: blurred across, a single slice would be dark.
-        across_x, across_y, across_z = [(0.4, 1.0) if side > 1 else (0.0, 0.0) for side in patch]
+        sigma_x, sigma_y, sigma_z = [(0.4, 1.0) if side > 1 else (0.0, 0.0) for side in patch]
         steps = [
             RandAffined(
                 keys,
@@ -185,7 +185,7 @@ class Augment:
                 cache_grid=False,
             ),
             RandGaussianNoised("image", prob=0.3, std=0.15),
-            RandGaussianSmoothd("image", prob=0.15, sigma_x=across_x, sigma_y=across_y, sigma_z=across_z),
+            RandGaussianSmoothd("image", prob=0.15, sigma_x=sigma_x, sigma_y=sigma_y, sigma_z=sigma_z),
             RandSimulateLowResolutiond("image", prob=0.15, zoom_range=(0.5, 1.0)),
             RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
             RandScaleIntensityd("image", factors=gain, prob=0.5),
