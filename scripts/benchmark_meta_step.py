@@ -25,7 +25,7 @@ from medmeta.episode import Episode, Examples
 from medmeta.learners import LEARNERS, MAML, Scratch, Transfer, build_learner
 from medmeta.losses import dice_cross_entropy
 from medmeta.measure import median_seconds, peak_memory
-from medmeta.networks import NETWORKS, SegNet, build_network
+from medmeta.networks import SegNet, build_network
 
 OPTIONS = {"se_unet_3d": {"channels": [16, 32, 64, 96]}, "scse_unet_2d": {"encoder_name": "resnet18"}}
 SHORT = {"se_unet_3d": {"channels": [4, 8]}, "scse_unet_2d": {"encoder_depth": 2}}
@@ -39,7 +39,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--steps", type=int, nargs="*", default=[1, 3, 5], help="inner steps of MAML")
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
     learners = [name for name, kind in LEARNERS.items() if kind is not Scratch]
     parser.add_argument("--learners", nargs="*", default=learners, choices=learners, metavar="LEARNER")
     parser.add_argument("--device", default="cpu")
