@@ -14,24 +14,26 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medmeta.adaptation import Budget, adapt, adapt_to
+    from medmeta.adaptation import adapt, adapt_to
     from medmeta.data.tasks import Case, Task, load_task, pair_folders
     from medmeta.data.volume import Volume, read_volume, write_volume
     from medmeta.episode import Episode, Examples, State
     from medmeta.errors import InputError, MedmetaError
     from medmeta.evaluate import evaluate_folders
+    from medmeta.fine_tuning import Budget
     from medmeta.prediction import predict, predict_each
     from medmeta.segmenter import Model, Segmentation, Segmenter, load, shipped_models
 
 __version__ = version("medmeta")
 
 _HOMES = {
-    "medmeta.adaptation": ("Budget", "adapt", "adapt_to"),
+    "medmeta.adaptation": ("adapt", "adapt_to"),
     "medmeta.data.tasks": ("Case", "Task", "load_task", "pair_folders"),
     "medmeta.data.volume": ("Volume", "read_volume", "write_volume"),
     "medmeta.episode": ("Episode", "Examples", "State"),
     "medmeta.errors": ("InputError", "MedmetaError"),
     "medmeta.evaluate": ("evaluate_folders",),
+    "medmeta.fine_tuning": ("Budget",),
     "medmeta.prediction": ("predict", "predict_each"),
     "medmeta.segmenter": ("Model", "Segmentation", "Segmenter", "load", "shipped_models"),
 }

@@ -6,23 +6,21 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-import numpy as np
 import torch
 
-from medmeta.data.sampler import Augment, copy_paste, draw_patch
 from medmeta.data.store import StoredTask
 from medmeta.data.tasks import Task
-from medmeta.episode import Examples, State
+from medmeta.episode import State
 from medmeta.errors import InputError
+from medmeta.fine_tuning import Budget, fine_tune, for_network, usual_steps
 from medmeta.inference import Layer
 from medmeta.learners import MetaLearner
 from medmeta.learners.sliced import Sliced
-from medmeta.losses import dice_cross_entropy
-from medmeta.networks import build_network, can_be_sliced
+from medmeta.networks import can_be_sliced
 from medmeta.postprocess import one_piece
 from medmeta.pseudo_labels import with_pseudo_labels
 from medmeta.registration import ATLASES, make_atlases
@@ -30,7 +28,7 @@ from medmeta.rehearsal import draw_folds, rehearse
 from medmeta.segmenter import Model, Segmenter, as_model
 from medmeta.support import prepare_support, require_targets, support_patches, support_task, with_unlabelled
 from medmeta.train import autocast
-from medmeta.tuning import TUNINGS, tune_all
+from medmeta.tuning import TUNINGS
 
 METHODS = ("inner", *TUNINGS, "self_training", "scratch")
 """The learner's own rule; every way to fine-tune; "finetune" twice, the second time from unlabelled scans too; and
@@ -42,42 +40,6 @@ CANDIDATES = ("finetune", "lora")
 REHEARSAL = 0.2
 """Share of the budget that each model that leaves patients out gets, so that all of it takes about twice as long as one
 adaptation."""
-
-STEPS = 1000
-"""Steps for one labelled scan (`usual_steps`)."""
-
-RATES = {"lora": 2.5, "norms": 2.5}
-"""Peak step sizes relative to that of full fine-tuning: the fewer parameters move, the faster they may."""
-
-HEAD_RATE = 10.0
-"""The same of the output layer, whose classes all start from one vector and have to part first."""
-
-WARM_UP = 10
-"""Steps over which the step size rises, while the moments of the optimiser settle."""
-
-AVERAGE = 0.98
-"""Decay of the moving average of the weights, which is what adaptation gives."""
-
-BALANCE = 0.5
-"""How far the loss makes up for rare classes at first (`dice_cross_entropy`), down to nothing at half of the budget: a
-small structure is to be found before its borders count."""
-
-AGAIN = 0.5
-"""Step size, relative, of all layers of a network that goes on from what it learned before; what is found already needs
-neither a faster output layer nor more weight for rare classes."""
-
-PULL = 0.5
-"""Strength with which full fine-tuning is drawn back to its start (L2-SP)."""
-
-STRENGTH = 2.0
-"""Of the augmentation, relative to that of training: few scans show few of the sizes and brightnesses there are."""
-
-RECONTRAST = 0.5
-"""Share of patches that get another contrast where a single MR scan is labelled; k scans show k contrasts themselves,
-and the share is k times less."""
-
-BEND = 0.8
-"""Share of patches that are deformed elastically where a single scan is labelled; k scans show k shapes themselves."""
 
 OVERVIEW_SHARE, EVEN_SHARE = 1 / 3, 1 / 2
 """Weight of the overview's probabilities; the second with 1 and 2 scans, which teach places before borders, and for the
@@ -102,35 +64,6 @@ where it expects so much more Dice of what it finds in the unlabelled scans, and
 MORE, ROUNDS, FEW_ROUNDS = 1 / 6, 3, 6
 """Self-training adds rounds of this share of the steps, in each of which the unlabelled scans are labelled and learned
 from too; the second number with 1 and 2 labelled scans, which leave more to learn from the others."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long and how fast to adapt.
-
-    Args:
-        steps: optimiser steps at most; `usual_steps` says how many serve how many scans.
-        minutes: wall-clock minutes at most, None for no limit. Only a budget of steps gives the same result again.
-        rate: Adam's peak step size, before a cosine to nothing.
-        patches: patches of one step.
-    """
-
-    steps: int = STEPS
-    minutes: float | None = None
-    rate: float = 2e-3
-    patches: int = 2
-
-    def __post_init__(self) -> None:
-        if self.steps < 0 or self.rate <= 0 or self.patches < 1 or (self.minutes is not None and self.minutes <= 0):
-            raise ValueError(f"{self}; required: steps of 0 or more, patches of 1 or more, a positive rate and minutes")
-
-
-def usual_steps(scans: int) -> int:
-    """Optimiser steps that serve so many labelled patients: the more they show, the longer there is to learn from.
-
-    They rise with the square root: 1,000 for one, 1,732 for three, 2,236 for five, 3,162 for ten.
-    """
-    return round(STEPS * math.sqrt(scans))
 
 
 class Where(TypedDict):
@@ -290,13 +223,20 @@ def adapt_support(
     if method == "self_training":
         return _self_train(model, task, support, budget, seed, start, atlases, device, precision, progress)
 
+    where = Where(device=device, precision=precision)
+
     def learn(view: StoredTask, part: Budget, done: int, before: Segmenter | None) -> Segmenter:
         told = _told_from(progress, done, budget.steps)
         begin = before.state if before else None
         several = len(task.labelled.patients) >= SEVERAL
         mixed = MIXED if (before or several) and support.preprocess.thick and not view.sliced else 0.0
         learner = Sliced(model.learner, view.preprocess.across) if view.sliced else model.learner
-        state = adapt_prepared(learner, view, method, part, seed, device, precision, told, begin, mixed, repaint)
+        if method == "inner":
+            state = _own_rule(learner, view, seed, where)
+        else:
+            state = fine_tune(
+                learner, view, method, part, seed, begin=begin, mixed=mixed, repaint=repaint, **where, progress=told
+            )
         return make_segmenter(model, task, view, state, {})
 
     made = make_atlases(support, atlases)
@@ -330,6 +270,15 @@ def _told_from(
     return progress and (lambda step, own, loss: progress(done + step, steps or done + own, loss))
 
 
+@torch.no_grad()
+def _own_rule(learner: MetaLearner, support: StoredTask, seed: int, where: Where) -> State:
+    """What a learner makes of patches of prepared scans by its own rule."""
+    learner.to(where["device"]).eval()
+    examples = for_network(learner.net, support_patches(support, seed)).to(where["device"])
+    with autocast(**where):
+        return {name: tensor.cpu() for name, tensor in learner.adapt(examples).items()}
+
+
 def make_segmenter(model: Model, task: Task, support: StoredTask, state: State, card: dict[str, object]) -> Segmenter:
     """A segmenter for `task` from what was learned on its prepared support, its overview apart."""
     facts = {"task": task.name, "support_scans": len(support.cases), "support_terms": task.terms, **card}
@@ -338,105 +287,6 @@ def make_segmenter(model: Model, task: Task, support: StoredTask, state: State, 
     return Segmenter(
         model, state, support.preprocess, dict(task.targets), values, task.channels, support.patch, facts, single
     )
-
-
-def adapt_prepared(
-    learner: MetaLearner,
-    support: StoredTask,
-    method: str = "finetune",
-    budget: Budget = Budget(),
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    precision: torch.dtype = torch.float32,
-    progress: Callable[[int, int, float], None] | None = None,
-    begin: State | None = None,
-    mixed: float = 0.0,
-    repaint: float = 0.0,
-) -> State:
-    """What `learner` learns from prepared scans on one grid, from `begin` on. Arguments as of `adapt_support`.
-
-    `mixed` is the share of the steps whose patches have a box of another patch in them, `repaint` that of the patches
-    whose structures get another brightness.
-    """
-    learner = learner.to(device).eval()
-    if method == "inner":
-        examples = _for_network(learner, support_patches(support, seed)).to(device)
-        with torch.no_grad(), autocast(device, precision):
-            return _to_cpu(learner.adapt(examples))
-    net, channels = learner.net, support.cases[0].image.shape[0]
-    with torch.no_grad():
-        if begin is not None:
-            start = {name: tensor.to(device) for name, tensor in begin.items()}
-        elif method == "scratch":
-            start = (
-                build_network(net.spec["name"], seed=seed, **net.spec["options"])
-                .to(device)
-                .grow(channels, support.classes)
-            )
-        else:
-            start = learner.start(channels, support.classes)
-    generator = torch.Generator().manual_seed(seed)
-    tuning = TUNINGS.get(method, tune_all)(net, start, generator)
-    moved = {name: tensor.requires_grad_() for name, tensor in tuning.leaves.items()}
-    average = {name: tensor.detach().clone() for name, tensor in moved.items()}
-    preprocess, patients = support.preprocess, len({case.patient for case in support.cases})
-    augment = Augment(
-        support.patch,
-        preprocess.spacing,
-        preprocess.modality,
-        strength=STRENGTH,
-        bend=BEND / patients,
-        repaint=repaint,
-        recontrast=RECONTRAST / patients,
-    )
-    peak = budget.rate * RATES.get(method, 1.0)
-    head_rate, balance = HEAD_RATE, BALANCE
-    if begin is not None:
-        peak, head_rate, balance = AGAIN * peak, AGAIN, 0.0
-    heads = [tensor for name, tensor in moved.items() if name in net.head_names]
-    others = [tensor for name, tensor in moved.items() if name not in net.head_names]
-    optimiser = torch.optim.Adam([{"params": heads, "peak": budget.rate * head_rate}, {"params": others, "peak": peak}])
-    started = time.monotonic()
-    for step in range(budget.steps):
-        spent = 0.0 if budget.minutes is None else (time.monotonic() - started) / (60.0 * budget.minutes)
-        done = max(step / budget.steps, spent)
-        if done >= 1.0:
-            break
-        schedule = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1.0 + math.cos(math.pi * done))
-        for group in optimiser.param_groups:
-            group["lr"] = schedule * group["peak"]
-        rng = np.random.default_rng([seed, 0, step])
-        # Over one step and the next, every scan comes up as often as any other.
-        chosen = [support.cases[(step * budget.patches + n) % len(support.cases)] for n in range(budget.patches)]
-        patches = [augment(*draw_patch(case, support.patch, rng), rng) for case in chosen]
-        if rng.random() < mixed:
-            pasted = [*patches[1:], patches[0]]
-            if len(patches) == 1:
-                case = support.cases[int(rng.integers(len(support.cases)))]
-                pasted = [augment(*draw_patch(case, support.patch, rng), rng)]
-            patches = copy_paste(patches, pasted, rng)
-        examples = _for_network(learner, Examples.of(patches, support.classes)).to(device)
-        optimiser.zero_grad()
-        with autocast(device, precision):
-            logits = net(examples.image, tuning.assemble(moved))
-        loss = dice_cross_entropy(logits, examples.mask, balance=balance * max(0.0, 1.0 - 2.0 * done))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(moved.values()), 5.0)
-        optimiser.step()
-        with torch.no_grad():
-            for name, anchor in tuning.anchors.items():
-                moved[name].lerp_(anchor, schedule * peak * PULL)
-            for name, tensor in average.items():
-                tensor.lerp_(moved[name], 1.0 - min(AVERAGE, (1 + step) / (10 + step)))
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss is {value} at step {step + 1}; required: a finite loss. Adapt in float32 or at a lower rate"
-            )
-        if progress:
-            progress(step + 1, budget.steps, value)
-    with torch.no_grad():
-        return _to_cpu(tuning.assemble(average))
 
 
 def _self_train(
@@ -498,11 +348,3 @@ def _self_train(
     if not any(layer is not None and layer.share > 0.0 for layer in carried.values()):
         segmenter = replace(segmenter, atlases=())
     return segmenter
-
-
-def _to_cpu(state: State) -> State:
-    return {name: tensor.detach().cpu() for name, tensor in state.items()}
-
-
-def _for_network(learner: MetaLearner, examples: Examples) -> Examples:
-    return examples if learner.net.spatial_dims == 3 else examples.slices(learner.net.across)

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from medmeta.adaptation import METHODS, Budget, Where, adapt_support, prepare_for, usual_steps
+from medmeta.adaptation import METHODS, Where, adapt_support, prepare_for
 from medmeta.data.store import StoredTask
 from medmeta.data.tasks import Task
 from medmeta.errors import InputError
 from medmeta.evaluate import holm, mean_score, paired_wilcoxon, score_case
 from medmeta.files import read_json, replacing, write_json
+from medmeta.fine_tuning import Budget, usual_steps
 from medmeta.losses import dice_cross_entropy
 from medmeta.measure import median_seconds, peak_memory
 from medmeta.recipe import Prepared, Progress, Recipe, phase_episodes, prepare_tasks, train_recipe, untrained

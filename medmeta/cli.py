@@ -225,8 +225,9 @@ def adapt(
 
     Example: medmeta adapt model --images scans --labels labels --target kidney=2,3 --out kidney
     """
-    from medmeta.adaptation import Budget, adapt_to, usual_steps
+    from medmeta.adaptation import adapt_to
     from medmeta.console import Reporter
+    from medmeta.fine_tuning import Budget, usual_steps
     from medmeta.inference import fastest_precision
     from medmeta.review import write_adaptation
     from medmeta.segmenter import load, refuse_existing

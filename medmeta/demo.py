@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from medmeta.adaptation import Budget, adapt_to
+from medmeta.adaptation import adapt_to
 from medmeta.benchmark import Trial, by_steps, compare, draw_supports, summarise
 from medmeta.data.phantoms import phantom_task, write_phantoms
 from medmeta.data.tasks import Task, load_task
 from medmeta.data.volume import read_channels, read_labels
 from medmeta.evaluate import evaluate_folders
 from medmeta.files import write_json
+from medmeta.fine_tuning import Budget
 from medmeta.prediction import predict
 from medmeta.recipe import EpisodeSettings, Phase, Progress, Recipe, train_recipe, untrained
 from medmeta.report import CT_WINDOW, Panel, curves_over_adaptation, learning_curves, montage

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,7 +36,7 @@ def rotate(image: Tensor, degrees: float, spacing: Sequence[float], *, inside: b
         spacing: voxel size in mm.
         inside: what comes in from outside the frame is 0.
     """
-    across = max(range(3), key=lambda axis: spacing[axis])
+    across = int(np.argmax(spacing))
     first, second = (axis for axis in range(3) if axis != across)
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     turn = torch.eye(3, dtype=torch.float64)

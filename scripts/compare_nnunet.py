@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from medmeta.adaptation import METHODS, Budget, adapt_to
+from medmeta.adaptation import METHODS, adapt_to
 from medmeta.benchmark import draw_supports
 from medmeta.config import BenchmarkConfig, load_config
 from medmeta.data.store import read_case
@@ -43,6 +43,7 @@ from medmeta.episode import IGNORED
 from medmeta.errors import InputError, MedmetaError
 from medmeta.evaluate import bootstrap_interval, mean_score, score_case, score_prediction
 from medmeta.files import read_json, write_json
+from medmeta.fine_tuning import Budget
 from medmeta.inference import fastest_precision
 from medmeta.segmenter import Model, as_model, load
 

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import yaml
 
-from medmeta.adaptation import Budget, adapt_to
+from medmeta.adaptation import adapt_to
 from medmeta.data.download import download
 from medmeta.data.phantoms import write_phantoms
 from medmeta.data.preprocess import Preprocess
@@ -41,6 +41,7 @@ from medmeta.data.sampler import EpisodeSampler
 from medmeta.data.store import Store, StoredTask, fit_preprocess
 from medmeta.data.tasks import Task, load_task
 from medmeta.files import write_tensors
+from medmeta.fine_tuning import Budget
 from medmeta.learners import build_learner
 from medmeta.networks import build_network
 from medmeta.segmenter import Model

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from medmeta.adaptation import Budget, adapt_to
+from medmeta.adaptation import adapt_to
 from medmeta.benchmark import draw_supports
 from medmeta.config import BenchmarkConfig, load_config
 from medmeta.data.store import read_case
 from medmeta.evaluate import mean_score, score_prediction
+from medmeta.fine_tuning import Budget
 from medmeta.inference import fastest_precision
 from medmeta.segmenter import load
 

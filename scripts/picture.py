@@ -10,12 +10,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from medmeta.adaptation import Budget, adapt_to
+from medmeta.adaptation import adapt_to
 from medmeta.benchmark import draw_supports
 from medmeta.config import BenchmarkConfig, load_config
 from medmeta.data.store import read_case
 from medmeta.data.volume import read_labels
 from medmeta.evaluate import mean_score, score_prediction
+from medmeta.fine_tuning import Budget
 from medmeta.inference import fastest_precision
 from medmeta.report import Panel, montage
 from medmeta.segmenter import load

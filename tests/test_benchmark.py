@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from medmeta.adaptation import usual_steps
 from medmeta.benchmark import (
     Trial,
     compare,
@@ -25,6 +24,7 @@ from medmeta.data.volume import Volume, read_labels
 from medmeta.errors import InputError
 from medmeta.evaluate import holm, paired_wilcoxon, score_case
 from medmeta.files import read_json
+from medmeta.fine_tuning import usual_steps
 from medmeta.learners import build_learner
 from medmeta.networks import build_network
 from medmeta.recipe import EpisodeSettings, Phase, Recipe

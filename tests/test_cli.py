@@ -20,10 +20,11 @@ import yaml
 from small import TERMS, broken_scans, like, nifti, phantom, tiny_model, tree, write_pairs
 
 import medmeta
-from medmeta.adaptation import CANDIDATES, Budget, adapt, usual_steps
+from medmeta.adaptation import CANDIDATES, adapt
 from medmeta.cli import main
 from medmeta.data.phantoms import write_phantoms
 from medmeta.data.volume import Volume, grid_difference, read_header, read_labels, write_volume
+from medmeta.fine_tuning import Budget, usual_steps
 from medmeta.registration import ATLASES
 from medmeta.segmenter import Segmenter, load
 

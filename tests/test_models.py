@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from small import phantom, write_pairs
 
-from medmeta.adaptation import Budget, adapt
+from medmeta.adaptation import adapt
+from medmeta.fine_tuning import Budget
 from medmeta.segmenter import SHIPPED, Model, load, shipped_models
 
 

@@ -20,9 +20,10 @@ import SimpleITK as sitk
 import torch
 from small import broken_scans, like, nifti, phantom, tiny_model, tree, write_pairs
 
-from medmeta.adaptation import Budget, adapt
+from medmeta.adaptation import adapt
 from medmeta.data.volume import Volume, grid_difference, read_header, read_labels, read_volume, write_volume
 from medmeta.errors import InputError
+from medmeta.fine_tuning import Budget
 from medmeta.prediction import STAGES, Prediction, predict
 from medmeta.registration import make_atlas
 from medmeta.segmenter import Segmentation, Segmenter

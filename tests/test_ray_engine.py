@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from small import broken_scans, phantom, tiny_model, tree, write_pairs
 
-from medmeta.adaptation import Budget, adapt
+from medmeta.adaptation import adapt
 from medmeta.data.volume import write_volume
+from medmeta.fine_tuning import Budget
 from medmeta.prediction import predict
 from medmeta.segmenter import Segmenter
 

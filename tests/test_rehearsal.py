@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 from small import same, tiny_model, write_pairs
 
-from medmeta.adaptation import CANDIDATES, Budget, adapt_support, adapt_to, prepare_for
+from medmeta.adaptation import CANDIDATES, adapt_support, adapt_to, prepare_for
 from medmeta.data.tasks import Case, Task
 from medmeta.evaluate import score_case
+from medmeta.fine_tuning import Budget
 from medmeta.support import support_task
 
 pytestmark = pytest.mark.usefixtures("overview_from_the_first_step")

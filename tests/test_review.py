@@ -18,11 +18,12 @@ import pytest
 from matplotlib.image import imread, imsave
 from small import tiny_model, write_pairs
 
-from medmeta.adaptation import Budget, adapt_to
+from medmeta.adaptation import adapt_to
 from medmeta.benchmark import summarise
 from medmeta.data.tasks import Task
 from medmeta.errors import InputError
 from medmeta.evaluate import evaluate_folders
+from medmeta.fine_tuning import Budget
 from medmeta.prediction import Prediction
 from medmeta.review import (
     Cell,

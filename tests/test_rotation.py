@@ -9,8 +9,9 @@ from scipy.ndimage import affine_transform
 from small import phantom, tiny_model, write_pairs
 
 from medmeta import rotation
-from medmeta.adaptation import Budget, adapt
+from medmeta.adaptation import adapt
 from medmeta.data.volume import Volume
+from medmeta.fine_tuning import Budget
 from medmeta.rotation import FURTHEST, POSES, SURE, SURER, TURN, rotate, surest_poses
 from medmeta.segmenter import Segmenter
 

@@ -13,10 +13,11 @@ import torch
 from small import TERMS, phantom, same, tiny_2d, tiny_model, tree, write_pairs
 
 import medmeta.segmenter as segmenter_module
-from medmeta.adaptation import Budget, adapt
+from medmeta.adaptation import adapt
 from medmeta.data.preprocess import Preprocess
 from medmeta.data.volume import Volume, grid_difference, read_header, write_volume
 from medmeta.errors import InputError
+from medmeta.fine_tuning import Budget
 from medmeta.inference import torch_predictor
 from medmeta.postprocess import keep_largest
 from medmeta.registration import carry_labels, make_atlas
@@ -262,12 +263,18 @@ def test_probabilities_are_probabilities_and_decide_the_labels(segmenter):
     assert not scores.data.requires_grad
 
 
-def test_an_overview_is_mixed_in_by_its_share(segmenter):
-    scan, _ = phantom(2, 3)
-    segmenter = replace(segmenter, atlases=())
+@pytest.mark.parametrize("index", [1, 2])
+def test_an_overview_is_mixed_in_by_its_share(index, tmp_path, overview_from_the_first_step):
+    """Of a volume twice as coarse, and of the volume beside its slices."""
+    folder = write_pairs(tmp_path, index)
+    budget = Budget(steps=20, rate=2e-2)
+    segmenter = adapt(tiny_model(), folder / "images", folder / "labels", budget=budget, atlases=0)
+    scan, _ = phantom(index, 3)
     alone = replace(segmenter, overview=None)
     fine, coarse = alone.probabilities(scan), segmenter.overview.probabilities(scan)
     assert coarse.shape != fine.shape
+    if index == 1:
+        assert min(coarse.spacing) > 1.5 * min(fine.spacing)
     assert torch.allclose(replace(segmenter, overview_share=0.0).probabilities(scan).data, fine.data, atol=5e-3)
     seen = segmenter.preprocess.inverse(coarse, fine).data
     for share in (0.3, 1.0):

@@ -109,7 +109,7 @@ class Preprocess:
     @property
     def across(self) -> int:
         """The axis of the longest side of a voxel: across the slices, where they are thick."""
-        return max(range(3), key=lambda axis: self.spacing[axis])
+        return int(np.argmax(self.spacing))
 
     def patch(
         self, voxels: int, shapes: Sequence[Sequence[int]], stride: int = 8, *, sliced: bool = False
