@@ -269,6 +269,8 @@ def adapt(
         )
     segmenter.save(out)
     _describe_adaptation(segmenter.card)
+    if method == "auto" and not unlabelled and len(task.labelled.patients) < 3:
+        _line("With so few, --unlabelled FOLDER pays: it learns from scans without labels too.")
     _line(f"The adapted model is in {out}")
     if segmenter.atlases:
         _line(f"It holds {len(segmenter.atlases)} of the labelled scans, coarse: share it as you would share them.")

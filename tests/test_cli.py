@@ -127,6 +127,7 @@ def test_adapt_with_unlabelled_scans(medmeta_command, model, support, tmp_path):
     )  # fmt: skip
     assert run.code == 1, "done, with a problem"
     assert "Learned from 2 unlabelled scans too." in run.out
+    assert "pays" not in run.out
     assert "text.nii.gz" in run.out
     assert load(tmp_path / "organ").card["method"] == "self_training"
     assert "any brightness" not in run.out
@@ -160,6 +161,7 @@ def test_adapt_predict_evaluate(medmeta_command, model, support, tmp_path):
     )  # fmt: skip
     assert (run.code, run.err) == (0, "")
     assert "2 labelled scans, CT, anterior, posterior" in run.out
+    assert "--unlabelled FOLDER pays" in run.out
     assert isinstance(load(out), Segmenter)
     assert load(out).card["seed"] == 3
 
@@ -212,6 +214,7 @@ def test_adapt_chooses_and_forecasts_from_three_scans(medmeta_command, model, tm
     assert f"Adapted by {card['method']}" in run.out
     assert "Expected Dice on unseen scans like these" in run.out
     assert "With further labelled scans: 1 more" in run.out
+    assert "pays" not in run.out
     assert "Expected Dice" in medmeta_command("info", tmp_path / "organ").out
     with_two = medmeta_command(
         *adapt_words(model, tmp_path / "three", tmp_path / "two", "--method", "head", "--steps", 1)
