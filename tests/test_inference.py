@@ -29,6 +29,7 @@ from medmeta.inference import (
     sliding_bands,
     torch_predictor,
 )
+from medmeta.learners.sliced import Sliced
 
 
 def network(windows: Tensor) -> Tensor:
@@ -243,20 +244,25 @@ def test_a_class_that_wins_at_no_corner_can_win_between_them():
     assert labels.flatten().tolist() == [1, 2, 0]
 
 
-def test_openvino_gives_the_probabilities_of_torch_and_reports_to_nobody(monkeypatch):
+@pytest.mark.parametrize(
+    ("across", "patch"), [(None, (16, 16, 8)), (0, (1, 16, 8)), (1, (16, 1, 8)), (2, (16, 16, 1)), (2, (16, 16, 3))]
+)
+def test_openvino_gives_the_probabilities_of_torch_and_reports_to_nobody(monkeypatch, across, patch):
+    """Of volumes, and of slices across each axis."""
     pytest.importorskip("openvino", reason="needs the extra openvino")
     telemetry = pytest.importorskip("openvino_telemetry", reason="comes with openvino")
     reports = []
     monkeypatch.setattr(telemetry.Telemetry, "send_event", lambda *event, **_: reports.append(event))
     from small import tiny_model
 
-    model = tiny_model()
+    learner = tiny_model().learner if across is None else Sliced(tiny_model().learner, across)
     generator = torch.Generator().manual_seed(0)
-    state = {name: tensor.detach().clone() for name, tensor in model.learner.net.grow(2, 3).items()}
+    state = {name: tensor.detach().clone() for name, tensor in learner.net.grow(2, 3).items()}
     state["head.weight"] += torch.randn(state["head.weight"].shape, generator=generator)
-    windows = torch.randn(3, 2, 16, 16, 8, generator=generator)
-    expected = torch_predictor(model.learner, state)(windows)
-    found = openvino_predictor(model.learner, state, (1, 2, 16, 16, 8))(windows)
+    windows = torch.randn(3, 2, *patch, generator=generator)
+    expected = torch_predictor(learner, state)(windows)
+    found = openvino_predictor(learner, state, (1, 2, *patch))(windows)
+    assert found.shape == (3, 4, *patch)
     assert torch.allclose(found, expected, atol=1e-4)
     assert float(expected.std()) > 0.01
     assert reports == []
