@@ -111,7 +111,7 @@ def read_precision(name: str) -> torch.dtype:
 
 def require_resumable(out: Path, resume: bool) -> None:
     """Raise InputError where an earlier run stands and is not to be resumed, or where no run can be written."""
-    from medmeta.segmenter import refuse_existing
+    from medmeta.files import refuse_existing
 
     if out.is_dir() and any(out.iterdir()):
         if not resume:
@@ -122,7 +122,7 @@ def require_resumable(out: Path, resume: bool) -> None:
 
 def require_writable(file: Path | None) -> None:
     """Raise InputError where a file that is to be written at the end of the work could not be."""
-    from medmeta.segmenter import refuse_unwritable
+    from medmeta.files import refuse_unwritable
 
     if file is not None:
         refuse_unwritable(file)

@@ -110,8 +110,7 @@ def check(
     from medmeta.console import Reporter
     from medmeta.data.check import check_path, summarise
     from medmeta.data.check import fix as repair_all
-    from medmeta.files import write_json
-    from medmeta.segmenter import refuse_existing
+    from medmeta.files import refuse_existing, write_json
 
     require_writable(json)
     if fix:
@@ -227,10 +226,11 @@ def adapt(
     """
     from medmeta.adaptation import adapt_to
     from medmeta.console import Reporter
+    from medmeta.files import refuse_existing
     from medmeta.fine_tuning import Budget, usual_steps
     from medmeta.inference import fastest_precision
     from medmeta.review import write_adaptation
-    from medmeta.segmenter import load, refuse_existing
+    from medmeta.segmenter import load
     from medmeta.support import support_task
 
     match modality:
@@ -457,8 +457,8 @@ def import_(
     """
     import yaml
 
+    from medmeta.files import refuse_existing
     from medmeta.imports import import_checkpoint
-    from medmeta.segmenter import refuse_existing
 
     refuse_existing(out)
     options = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in option or ())}

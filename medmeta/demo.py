@@ -17,13 +17,13 @@ from medmeta.data.phantoms import phantom_task, write_phantoms
 from medmeta.data.tasks import Task, load_task
 from medmeta.data.volume import read_channels, read_labels
 from medmeta.evaluate import evaluate_folders
-from medmeta.files import write_json
+from medmeta.files import refuse_existing, write_json
 from medmeta.fine_tuning import Budget
 from medmeta.prediction import predict
 from medmeta.recipe import EpisodeSettings, Phase, Progress, Recipe, train_recipe, untrained
 from medmeta.report import CT_WINDOW, Panel, curves_over_adaptation, learning_curves, montage
 from medmeta.review import evaluated_cases, write_review
-from medmeta.segmenter import Model, refuse_existing
+from medmeta.segmenter import Model
 from medmeta.train import Row, Schedule
 
 NETWORK = {"name": "se_unet_3d", "options": {"channels": [16, 32, 64]}}

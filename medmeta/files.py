@@ -5,7 +5,9 @@ from __future__ import annotations
 import glob
 import json
 import os
+import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +45,34 @@ def sweep(path: str | Path) -> None:
     path = Path(path)
     for left in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
         left.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: str | Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, which takes its place when the block ends without an error.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    place = Path(folder).resolve()
+    beside, before = (place.with_name(f".{what}-{uuid.uuid4().hex}") for what in ("writing", "replaced"))
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        if place.is_dir():
+            os.rename(place, before)
+        try:
+            os.rename(beside, place)
+        except OSError:
+            if before.is_dir():
+                os.rename(before, place)
+            raise
+    except OSError as error:
+        remedy = "Check permissions and free space."
+        raise InputError(folder, error.strerror or str(error), "a folder that can be written", remedy) from error
+    finally:
+        for left in (beside, before):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -103,3 +133,22 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(path, "no such file", "a safetensors file") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(path, f"an unreadable file ({error})", "a whole safetensors file") from error
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise InputError where `folder` holds anything, since nothing is overwritten unasked, or cannot be made."""
+    required, remedy = "a new or empty folder", "Name another one."
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(folder, "something that stands there already", required, remedy)
+    except OSError as error:
+        raise InputError(folder, error.strerror or str(error), required, remedy) from error
+    refuse_unwritable(folder)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise InputError where a file or folder could not be made: known before the work and not after it."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        found = "no permission to write in" if above.is_dir() else "a file in place of the folder"
+        raise InputError(path, f"{found} {above}", "a place that can be written to", "Name another one.")

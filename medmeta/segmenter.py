@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +18,7 @@ from medmeta.data.preprocess import Preprocess
 from medmeta.data.volume import Volume
 from medmeta.episode import State
 from medmeta.errors import InputError
-from medmeta.files import read_json, read_tensors, write_json, write_tensors
+from medmeta.files import read_json, read_tensors, refuse_existing, replacing_folder, write_json, write_tensors
 from medmeta.inference import (
     Band,
     Layer,
@@ -511,41 +508,10 @@ def _write(
 ) -> None:
     from medmeta import __version__
 
-    place = Path(folder).resolve()
-    if not (overwrite and (place / DESCRIPTION).is_file()):
+    if not (overwrite and (Path(folder) / DESCRIPTION).is_file()):
         refuse_existing(Path(folder))
-    beside, before = (place.with_name(f".{what}-{uuid.uuid4().hex}") for what in ("writing", "replaced"))
-    try:
-        beside.mkdir(parents=True)
+    with replacing_folder(folder) as beside:
         for name, content in tensors.items():
             write_tensors(beside / name, content)
         files = {name: _digest(beside / name) for name in tensors}
         write_json(beside / DESCRIPTION, {"format": FORMAT, "medmeta": __version__, **description, "files": files})
-        if place.is_dir():
-            os.rename(place, before)
-        os.rename(beside, place)
-    except OSError as error:
-        remedy = "Check permissions and free space."
-        raise InputError(folder, error.strerror or str(error), "a folder that can be written", remedy) from error
-    finally:
-        for left in (beside, before):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raise InputError where `folder` holds anything, since nothing is overwritten unasked, or cannot be made."""
-    required, remedy = "a new or empty folder", "Name another one."
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(folder, "something that stands there already", required, remedy)
-    except OSError as error:
-        raise InputError(folder, error.strerror or str(error), required, remedy) from error
-    refuse_unwritable(folder)
-
-
-def refuse_unwritable(path: Path) -> None:
-    """Raise InputError where a file or folder could not be made: known before the work and not after it."""
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        found = "no permission to write in" if above.is_dir() else "a file in place of the folder"
-        raise InputError(path, f"{found} {above}", "a place that can be written to", "Name another one.")

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from medmeta.errors import InputError
-from medmeta.files import read_json, read_tensors, replacing, sweep, write_json, write_tensors
+from medmeta.files import (
+    read_json,
+    read_tensors,
+    refuse_existing,
+    replacing,
+    replacing_folder,
+    sweep,
+    write_json,
+    write_tensors,
+)
 
 
 def test_replaces_at_the_end_and_keeps_the_suffix(tmp_path) -> None:
@@ -130,3 +139,54 @@ def test_unreadable_tensors(tmp_path, damage) -> None:
     with pytest.raises(InputError, match=r"a\.safetensors: found .* required: .*safetensors file") as caught:
         read_tensors(place)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    place = tmp_path / "a" / "folder"
+    for content in ("first", "second"):
+        with replacing_folder(place) as beside:
+            (beside / content).write_text(content)
+        assert [path.name for path in place.iterdir()] == [content]
+    assert list(place.parent.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), ValueError("another")])
+def test_a_folder_stays_as_it_was_where_its_successor_is_not_finished(tmp_path, error):
+    place = tmp_path / "folder"
+    place.mkdir()
+    (place / "first").write_text("first")
+    with (
+        pytest.raises(InputError if isinstance(error, OSError) else ValueError, match=r"No space|another"),
+        replacing_folder(place) as beside,
+    ):
+        (beside / "second").write_text("half")
+        raise error
+    assert [path.name for path in place.iterdir()] == ["first"]
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_a_folder_comes_back_where_its_successor_cannot_take_its_place(tmp_path, monkeypatch):
+    place = tmp_path / "folder"
+    place.mkdir()
+    (place / "first").write_text("first")
+    rename = os.rename
+
+    def refusing(source, target):
+        if Path(source).name.startswith(".writing"):
+            raise OSError(13, "Permission denied")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refusing)
+    with pytest.raises(InputError, match="Permission denied"), replacing_folder(place) as beside:
+        (beside / "second").write_text("second")
+    assert [path.name for path in place.iterdir()] == ["first"]
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_a_place_that_cannot_be_made_is_known_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file"):
+        refuse_existing(tmp_path / "file" / "model")
+    with pytest.raises(InputError):
+        refuse_existing(Path("/proc/1/model") if os.geteuid() else tmp_path / "file" / "a" / "b")
+    refuse_existing(tmp_path / "new" / "model")

@@ -31,7 +31,6 @@ from medmeta.segmenter import (
     Segmenter,
     as_model,
     load,
-    refuse_existing,
     shipped_models,
 )
 
@@ -224,15 +223,6 @@ def test_an_empty_folder_and_folders_to_make_are_fine(segmenter, tmp_path, monke
     segmenter.save(".")
     for name in ("empty", "a/b/c", "here"):
         assert isinstance(load(tmp_path / name), Segmenter)
-
-
-def test_a_place_that_cannot_be_made_is_known_before_the_work(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="file"):
-        refuse_existing(tmp_path / "file" / "model")
-    with pytest.raises(InputError):
-        refuse_existing(Path("/proc/1/model") if os.geteuid() else tmp_path / "file" / "a" / "b")
-    refuse_existing(tmp_path / "new" / "model")
 
 
 @pytest.mark.parametrize("case", [0, 3])
