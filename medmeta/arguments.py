@@ -25,7 +25,6 @@ Background = Annotated[
 ]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the config.")]
 ModelFolder = Annotated[Path, typer.Argument(help="Folder of a model, or organs3d.")]
-Report = Annotated[Path | None, typer.Option("--report", help="Folder for a page to look at.")]
 Precision = Annotated[
     str, typer.Option("--precision", help="float32, bfloat16, or auto: bfloat16 where the processor has it.")
 ]
@@ -42,6 +41,16 @@ def one_of(*choices: str) -> Callable[[typer.Context, typer.CallbackParam, str],
     return check
 
 
+def _with_room(given: Path | None) -> Path | None:
+    """A folder that a page can be written in; InputError for any other."""
+    if given is not None:
+        from medmeta.review.page import require_report
+
+        require_report(given)
+    return given
+
+
+Report = Annotated[Path | None, typer.Option("--report", help="Folder for a page to look at.", callback=_with_room)]
 Backend = Annotated[
     str,
     typer.Option(

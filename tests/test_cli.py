@@ -270,6 +270,18 @@ def test_pages_to_look_at(medmeta_command, adapted, support, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_page_that_cannot_be_written_is_known_before_the_work(medmeta_command, model, support, adapted, tmp_path):
+    theirs = tmp_path / "theirs" / "report" / "pictures"
+    theirs.mkdir(parents=True)
+    (theirs / "holiday.png").write_text("x")
+    out = tmp_path / "out"
+    for words in (adapt_words(model, support, out), ("predict", adapted, support / "images", "--out", out)):
+        run = medmeta_command(*words, "--report", tmp_path / "theirs")
+        require_one_line(run, str(tmp_path / "theirs" / "report"), "pictures, which is of no page")
+    assert not out.exists()
+    assert (theirs / "holiday.png").exists()
+
+
 def test_adapt_with_overlapping_targets(medmeta_command, model, support, tmp_path):
     run = medmeta_command(
         "adapt", model, "--images", support / "images", "--labels", support / "labels", "--out", tmp_path / "organ",

@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from matplotlib.image import imread, imsave
-from small import tiny_model, write_pairs
+from small import tiny_model, tree, write_pairs
 
 from medmeta.adaptation import adapt_to
 from medmeta.benchmark import summarise
@@ -309,15 +309,35 @@ def test_a_new_page_leaves_nothing_of_the_old_one(tmp_path, sources):
     assert "secret" not in (page.parent / "data.js").read_text()
 
 
-def test_a_page_that_fails_half_way_does_not_stand_beside_the_volumes_of_another(tmp_path, sources):
-    page = written(tmp_path, ReviewCase("one", sources["scan"]))
+def test_a_page_that_fails_half_way_leaves_the_earlier_one_whole(tmp_path, sources):
+    page = written(tmp_path / "page", ReviewCase("one", sources["scan"]))
+    before = tree(page.parent)
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        written(tmp_path, ReviewCase("two", sources["reference"]), progress=stop)
-    assert not page.exists()
+        written(tmp_path / "page", ReviewCase("two", sources["reference"]), progress=stop)
+    assert tree(page.parent) == before
+    assert [path.name for path in (tmp_path / "page").iterdir()] == ["report"]
+
+
+def test_what_is_no_page_is_not_replaced(tmp_path, sources):
+    """Somebody else's pictures and notes, a note beside the page, a file."""
+    theirs, noted, file = (tmp_path / name for name in ("theirs", "noted", "file"))
+    (theirs / "report" / "pictures").mkdir(parents=True)
+    (theirs / "report" / "pictures" / "holiday.png").write_text("x")
+    written(noted, ReviewCase("one", sources["scan"]))
+    (noted / "report" / "notes.txt").write_text("look at the second")
+    file.mkdir()
+    (file / "report").write_text("x")
+    before = tree(tmp_path)
+    for folder, found in ((theirs, "pictures, which is of no page"), (noted, "notes.txt"), (file, "Not a directory")):
+        with pytest.raises(InputError, match=rf"report: found {found}.*Name another folder"):
+            written(folder, ReviewCase("one", sources["scan"]))
+    assert tree(tmp_path) == before
+    (noted / "report" / "notes.txt").rename(noted / "report" / ".DS_Store")
+    assert written(noted).exists()
 
 
 def test_the_same_cases_give_the_same_files_on_another_day(tmp_path, sources, monkeypatch):
@@ -372,7 +392,7 @@ def test_unusable_calls_name_their_fault(tmp_path, sources):
         written(tmp_path, pictures={"a": tmp_path / "no.png"})
     with pytest.raises(InputError, match="targets"):
         written(tmp_path, targets={"a": ()})
-    with pytest.raises(InputError, match="required: a folder"):
+    with pytest.raises(InputError, match="a file in place of the folder"):
         written(sources["scan"])
 
 

@@ -16,10 +16,11 @@ from urllib.parse import unquote
 
 from medmeta.data.manifests import as_targets
 from medmeta.errors import InputError
-from medmeta.files import replacing
+from medmeta.files import refuse_unwritable, replacing_folder
 from medmeta.review.cases import VOXEL_LIMIT, ReviewCase, structures, write_case
 
 _PAGE = ("review.css", "review.js", "index.html")
+_MADE = {*_PAGE, "data.js", "niivue.js", "volumes", "pictures"}
 _VERSIONS = ("medmeta", "torch", "monai", "ipyniivue")
 
 
@@ -68,7 +69,7 @@ def write_review(
     voxel_limit: int = VOXEL_LIMIT,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Writes `report/index.html` under a folder, over an earlier one.
+    """Writes `report/index.html` under a folder, whole, in place of an earlier one.
 
     A volume that cannot be read, or lies on another grid than its scan, is left out, and its case says why.
 
@@ -91,22 +92,22 @@ def write_review(
         the page.
 
     Raises:
-        InputError: the targets are unusable, a picture is missing, the folder cannot be written to, or the installed
-            ipyniivue holds no NiiVue.
+        InputError: the targets are unusable, a picture is missing, `report` cannot be written or is no page
+            (`require_report`), or the installed ipyniivue holds no NiiVue.
         ValueError: scores of a structure that is no target.
     """
     targets = as_targets(targets, (), "targets")
     for case in cases:
         if strange := sorted(set(case.scores) - set(targets)):
             raise ValueError(f"{case.name}: scores of {strange}; required: structures among {list(targets)}")
-    report = Path(folder) / "report"
-    viewer = _niivue()
-    try:
-        _clear(report)
-        copied = _copy_pictures(pictures or {}, report / "pictures")
+    report, viewer = require_report(folder), _niivue()
+    with replacing_folder(report) as beside:
+        for name in ("volumes", "pictures"):
+            (beside / name).mkdir()
+        copied = _copy_pictures(pictures or {}, beside / "pictures")
         shown = []
         for number, case in enumerate(cases):
-            shown.append(write_case(case, number, targets, report / "volumes", voxel_limit))
+            shown.append(write_case(case, number, targets, beside / "volumes", voxel_limit))
             if progress is not None:
                 progress(number + 1, len(cases))
         data = {
@@ -121,15 +122,32 @@ def write_review(
             "versions": {"Python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
         }
         # ASCII, and NaN as JavaScript has it: this is a script, not JSON.
-        _write(report / "data.js", f"globalThis.reviewData = {json.dumps(data, default=float)};\n")
-        _write(report / "niivue.js", viewer)
+        script = f"globalThis.reviewData = {json.dumps(data, default=float)};\n"
+        (beside / "data.js").write_text(script, encoding="utf-8")
+        (beside / "niivue.js").write_text(viewer, encoding="utf-8")
         for name in _PAGE:
-            with as_file(files("medmeta.review") / name) as source, replacing(report / name) as beside:
-                shutil.copyfile(source, beside)
-    except OSError as error:
-        found = error.strerror or str(error)
-        raise InputError(error.filename or report, found, "a folder with free space that can be written to") from error
+            with as_file(files("medmeta.review") / name) as source:
+                shutil.copyfile(source, beside / name)
     return report / "index.html"
+
+
+def require_report(folder: str | Path) -> Path:
+    """`report` under a folder, where nothing stands or an earlier page, which a new one replaces.
+
+    Raises:
+        InputError: something else stands there, or it cannot be written.
+    """
+    report = Path(folder) / "report"
+    refuse_unwritable(report)
+    required, remedy = "an earlier page, an empty folder or none", "Name another folder."
+    try:
+        # File managers leave hidden files.
+        held = {path.name for path in report.iterdir() if not path.name.startswith(".")} if report.exists() else set()
+    except OSError as error:
+        raise InputError(report, error.strerror or str(error), required, remedy) from error
+    if held and not {"data.js"} <= held <= _MADE:
+        raise InputError(report, f"{min(held - _MADE or held)}, which is of no page", required, remedy)
+    return report
 
 
 def count_scans(count: int) -> str:
@@ -149,21 +167,6 @@ def _written_table(table: PageTable) -> dict[str, Any]:
         "columns": list(table.columns),
         "rows": [[cell._asdict() for cell in row] for row in rows],
     }
-
-
-def _clear(report: Path) -> None:
-    """Removes what an earlier page left, the page itself first: none may stand that shows half of another."""
-    report.mkdir(parents=True, exist_ok=True)
-    (report / "index.html").unlink(missing_ok=True)
-    for name in ("volumes", "pictures"):
-        if (report / name).exists():
-            shutil.rmtree(report / name)
-        (report / name).mkdir()
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
 
 
 def _niivue() -> str:
