@@ -248,7 +248,8 @@ def adapt(
         background=read_values(background),
         unlabelled=unlabelled or (),
     )
-    _line(f"{len(task.labelled.cases)} labelled scans, {task.modality}, {', '.join(task.targets)}")
+    labelled = len(task.labelled.cases)
+    _line(f"{labelled} labelled scan{'s' * (labelled != 1)}, {task.modality}, {', '.join(task.targets)}")
     losses: list[tuple[int, int, float]] = []
     with Reporter(console) as reporter:
 
