@@ -220,10 +220,9 @@ def adapt_support(
     `repaint` is the share of patches whose structures each get another brightness (`draw_brightness`); self-training
     has its own.
     """
-    if method == "self_training":
-        return _self_train(model, task, support, budget, seed, start, atlases, device, precision, progress)
-
     where = Where(device=device, precision=precision)
+    if method == "self_training":
+        return _self_train(model, task, support, budget, seed, start, atlases, where, progress)
 
     def learn(view: StoredTask, part: Budget, done: int, before: Segmenter | None) -> Segmenter:
         told = _told_from(progress, done, budget.steps)
@@ -297,8 +296,7 @@ def _self_train(
     seed: int,
     start: Segmenter | None,
     atlases: int,
-    device: torch.device | str,
-    precision: torch.dtype,
+    where: Where,
     progress: Callable[[int, int, float], None] | None,
 ) -> Segmenter:
     """Fine-tune on the labelled scans, then go on in rounds, each from what the last one makes of the unlabelled scans.
@@ -315,7 +313,6 @@ def _self_train(
     starts = 1 if not few or support.preprocess.modality == "CT" else 2
     ends = [round(budget.steps * MORE * number) for number in range((FEW_ROUNDS if few else ROUNDS) + 1)]
     parts = [budget.steps] * starts + [end - before for before, end in itertools.pairwise(ends)]
-    where = Where(device=device, precision=precision)
     started = time.monotonic()
     carried: dict[str, Layer | None] = {}
 

@@ -151,7 +151,7 @@ def test_patches_are_mixed_where_labels_are_guessed_or_several_and_slices_thick(
     mixed = []
 
     def noted(patches, others, rng):
-        mixed.append(len(patches))
+        mixed.append([bool((a[0] != b[0]).any()) for a, b in zip(patches, others, strict=True)])
         return copy_paste(patches, others, rng)
 
     monkeypatch.setattr("medmeta.fine_tuning.copy_paste", noted)
@@ -161,10 +161,11 @@ def test_patches_are_mixed_where_labels_are_guessed_or_several_and_slices_thick(
     adapt_to(tiny_model(), scans, method="finetune", budget=Budget(steps=4), atlases=0)
     assert not mixed
     adapt_to(tiny_model(), scans, method="self_training", budget=Budget(steps=18), atlases=0)
-    assert mixed == [2] * FEW_ROUNDS * thick, "one step on the volume in each round"
+    assert [len(each) for each in mixed] == [2] * FEW_ROUNDS * thick, "one step on the volume in each round"
+    assert all(map(all, mixed)), "no patch is mixed with itself"
     mixed.clear()
     adapt_to(tiny_model(), three, method="finetune", budget=Budget(steps=4), atlases=0)
-    assert mixed == [2] * thick, "slices are not"
+    assert [len(each) for each in mixed] == [2] * thick, "slices are not"
 
 
 def test_several_classes_and_what_the_segmenter_says_of_itself(task):
